@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -147,10 +148,19 @@ def write(path, data):
 
 
 def save(path, contents):
-    """torch.save, atomically."""
-    buffer = io.BytesIO()  # also makes the bytes independent of the file's name
-    torch.save(contents, buffer)
+    """torch.save, atomically, and equal bytes for equal contents (hence no file name in them, and `_plain`)."""
+    buffer = io.BytesIO()
+    torch.save(_plain(contents), buffer)
     write(path, buffer.getvalue())
+
+
+def _plain(part):
+    """A copy in which equal strings are one object and containers are not shared: pickle tells these apart."""
+    if isinstance(part, dict):
+        return {_plain(key): _plain(value) for key, value in part.items()}
+    if isinstance(part, (list, tuple)):
+        return type(part)(_plain(value) for value in part)
+    return sys.intern(part) if isinstance(part, str) else part
 
 
 def load(path, script):
@@ -158,9 +168,11 @@ def load(path, script):
     if not Path(path).is_file():
         raise BadInput(f"there is no file {path}; train first: python {script}.py")
     try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here
-        why = "holds code, which is not run" if "Unsupported" in str(error) else "is damaged or no .pt file"
+        why = "holds code, which is not run" if "GLOBAL" in str(error) else "is damaged or no .pt file"
         raise BadInput(f"{path} {why}")
     if not isinstance(contents, dict) or "script" not in contents:
         raise BadInput(f"{path} was not written by this collection")

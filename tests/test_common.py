@@ -1,0 +1,237 @@
+import errno
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import main_dcgan
+import main_gan
+
+SCRIPTS = [main_gan, main_dcgan]
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("options, words", [
+    (["--num_epoch", "5"], "did you mean --num_epochs"),
+    (["--num_epochs", "many"], "int"),
+    (["--num_epochs", "-1"], ">= 0"),
+    (["--generator_lr", "nan"], "> 0"),
+    (["--generator_lr", "inf"], "> 0"),
+    (["--shuffle", "perhaps"], "boolean"),
+    (["--dataset_type", "imagenet"], "mnist | cifar10"),
+    (["--image_size", "20"], "legal: "),
+    (["--batch_size", "0"], ">= 1"),
+    (["--batch_size", "4501"], "larger than the 4500 training images"),
+    (["--device", "cuda:77"], "cannot be used here"),
+    (["--dataset_type", "folder", "--data_dir", "no/such"], "there is no folder no/such"),
+    (["--dataset_type", "folder", "--data_dir", "tests"], "holds 0 images"),
+    (["--output_dir", "README.md"], "cannot be written"),
+    (["--output_dir", "README.md/inside"], "cannot be written"),
+])
+def test_bad_input_is_one_line_and_status_2(script, options, words, command_line, tmp_path):
+    base = ["--dataset_type", "digits", "--num_epochs", "1"]
+    if "--output_dir" not in options:
+        base += ["--output_dir", tmp_path / "out"]
+    status, error = command_line(script, *base, *options)
+    assert status == 2 and words in error and error.count("\n") == 1
+    assert not list(tmp_path.glob("out/*")), "nothing is written"
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)
+
+
+def test_damaged_foreign_and_dangerous_checkpoints_are_refused(command_line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    checkpoint = tmp_path / "out" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    whole = {"script": "main_gan", "settings": {}}
+    torch.save(whole, tmp_path / "whole.pt")
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "stranger.pt")
+    torch.save({"script": "main_gan", "bomb": Bomb()}, tmp_path / "bomb.pt")
+    for content, words in [(b"these are words", "is damaged"),
+                           (b"", "is damaged"),
+                           ((tmp_path / "whole.pt").read_bytes()[:-100], "is damaged"),
+                           ((tmp_path / "stranger.pt").read_bytes(), "not written by this collection"),
+                           ((tmp_path / "bomb.pt").read_bytes(), "holds code"),
+                           (pickle.dumps(Bomb(), protocol=2), "holds code"),
+                           (pickle.dumps(Bomb(), protocol=4), "is damaged"),
+                           ((tmp_path / "whole.pt").read_bytes(), "written by main_gan.py, not by main_dcgan.py")]:
+        checkpoint.write_bytes(content)
+        status, error = command_line(main_dcgan, "--dataset_type", "digits", "--output_dir", "out")
+        assert status == 2 and words in error and error.count("\n") == 1
+        assert checkpoint.read_bytes() == content and not (tmp_path / "bomb").exists()
+
+
+def test_help_lists_every_key_with_default_and_comment(command_line, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["main_gan.py", "--help"])
+    with pytest.raises(SystemExit) as stop:
+        common.run(main_gan.main, main_gan.model_kwargs, main_gan.dataset_kwargs, main_gan.trainer_kwargs)
+    text = " ".join(capsys.readouterr().out.split())
+    described = common.describe(main_gan.__file__)
+    keys = [key for kwargs in (main_gan.model_kwargs, main_gan.dataset_kwargs, main_gan.trainer_kwargs) for key in kwargs]
+    assert stop.value.code == 0 and keys == list(described)
+    for key, (default, comment) in described.items():
+        assert f"--{key}" in text and f"{comment} (default: {default})" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_key_has_a_comment_and_no_signature_a_default(script):
+    described = common.describe(script.__file__)
+    for kwargs in (script.model_kwargs, script.dataset_kwargs, script.trainer_kwargs):
+        assert all(described[key] == (value, described[key][1]) and described[key][1] for key, value in kwargs.items())
+    for function in (script.main, script.Trainer.__init__, script.Generator.__init__, script.Discriminator.__init__):
+        assert not function.__defaults__ and not function.__kwdefaults__
+
+
+def test_misspelt_key_in_a_dict_is_an_error(tiny):
+    model, data, trainer = tiny(main_gan)
+    for kwargs in (data, trainer):
+        with pytest.raises(TypeError, match="learning_rat"):
+            main_gan.main(model, {**data, **({"learning_rat": 1} if kwargs is data else {})},
+                          {**trainer, **({"learning_rat": 1} if kwargs is trainer else {})})
+
+
+def test_command_line_reaches_the_dicts_and_leaves_the_defaults_alone(monkeypatch):
+    seen, trainer_kwargs = [], {"num_epochs": 3, "resume": True, "generator_lr": 1e-4}
+    monkeypatch.setattr("sys.argv", ["x.py", "--num_epochs", "7", "--resume", "false", "--generator_lr", "1"])
+    common.run(lambda kwargs: seen.append(kwargs), trainer_kwargs)
+    assert seen == [{"num_epochs": 7, "resume": False, "generator_lr": 1.0}]
+    assert trainer_kwargs["num_epochs"] == 3
+
+
+def test_same_seed_same_bytes_and_another_seed_others(tiny, tmp_path, monkeypatch):
+    results = []
+    for number, seed in enumerate((3, 3, 4)):
+        (tmp_path / str(number)).mkdir()
+        monkeypatch.chdir(tmp_path / str(number))  # the folder's name is among the settings that are saved
+        main_gan.main(*tiny(main_gan, seed=seed, output_dir="out", data_dir="data"))
+        results.append(files(tmp_path / str(number) / "out"))
+    assert len(results[0]) == 8 and results[0] == results[1]
+    assert results[0]["weights_epoch_2.pt"] != results[2]["weights_epoch_2.pt"]
+
+
+def test_changed_settings_are_refused_with_the_difference_and_epochs_may_grow(tiny, tmp_path):
+    main_gan.main(*tiny(main_gan, num_epochs=1))
+    before = files(tmp_path / "out")
+    with pytest.raises(common.BadInput, match="batch_size was 50, is 60; seed was 0, is 1.*--resume false"):
+        main_gan.main(*tiny(main_gan, batch_size=60, seed=1))
+    assert files(tmp_path / "out") == before
+    assert main_gan.main(*tiny(main_gan, num_epochs=3)).run.history["epoch"] == [1, 2, 3]
+
+
+def test_other_data_than_before_are_refused(tiny, monkeypatch):
+    import datasets
+
+    def offline(*_):
+        raise OSError("offline")
+
+    monkeypatch.setattr(datasets, "_torchvision", offline)
+    main_gan.main(*tiny(main_gan, dataset_type="mnist", num_epochs=1))
+    monkeypatch.setattr(datasets, "_torchvision", lambda *_: datasets._digits(1, 10))
+    with pytest.raises(common.BadInput, match="data was 'digits .bundled, in place of mnist.', is 'mnist'"):
+        main_gan.main(*tiny(main_gan, dataset_type="mnist", num_epochs=2))
+
+
+def test_resume_false_starts_over_and_keeps_the_old_checkpoint(tiny, tmp_path):
+    main_gan.main(*tiny(main_gan, num_epochs=2))
+    old = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    assert main_gan.main(*tiny(main_gan, num_epochs=1, resume=False)).run.history["epoch"] == [1]
+    assert (tmp_path / "out" / "checkpoint_before.pt").read_bytes() == old
+
+
+@pytest.mark.parametrize("change", ["loss", "weights"])
+def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(change, tiny, tmp_path, monkeypatch):
+    main_gan.main(*tiny(main_gan, num_epochs=1))
+    good = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    step, count = main_gan.Trainer.step, iter(range(1000))
+
+    def broken(trainer, real):
+        values, number = step(trainer, real), next(count)
+        if change == "loss" and number >= 6:
+            values["generator loss"] = values["generator loss"] * float("nan")
+        if change == "weights" and number == 89:  # the last of the epoch: no loss will tell
+            trainer.generator.model[0].weight.data[0, 0] = float("inf")
+        return values
+
+    monkeypatch.setattr(main_gan.Trainer, "step", broken)
+    words = {"loss": "generator loss became nan at epoch 2, step 7", "weights": "no longer finite after epoch 2"}[change]
+    with pytest.raises(FloatingPointError, match=f"{words}.*still holds epoch 1"):
+        main_gan.main(*tiny(main_gan, num_epochs=3))
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == good
+
+
+def test_failed_write_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
+    common.write(tmp_path / "a", b"old")
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        common.write(tmp_path / "a", b"new")
+    assert files(tmp_path) == {"a": b"old"}
+
+
+def test_full_disk_is_said_before_training(tiny, monkeypatch):
+    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    # 283,920 + 267,009 weights of 4 bytes, as weights and two moments and a little more, in two files: 8 times
+    with pytest.raises(common.BadInput, match="1 MiB free; checkpoints need 17 MiB"):
+        main_gan.main(*tiny(main_gan))
+
+
+def test_history_holds_the_mean_over_images_of_what_was_logged(tiny, tmp_path):
+    trainer = main_gan.main(*tiny(main_gan, num_epochs=0, batch_size=1000))  # batches of 1000, 1000, 1000, 1000, 500
+    run = trainer.run
+    for _ in run.epochs(trainer.train, {"g": trainer.generator, "o": trainer.generator_optimizer}):
+        pass  # num_epochs is 0
+    run.num_epochs = 1
+    for _ in run.epochs(trainer.train, {"g": trainer.generator, "o": trainer.generator_optimizer}):
+        sizes = []
+        for images, _ in run.batches():
+            run.log({"size": torch.tensor(float(len(images)))})
+            sizes.append(len(images))
+        run.end_epoch(own_number=2.5)
+    assert sizes == [1000] * 4 + [500]
+    assert run.history == {"epoch": [1], "data": ["digits"], "size": [(4 * 1000**2 + 500**2) / 4500],
+                           "own number": [2.5]}
+    assert (tmp_path / "out" / "history.csv").read_text().splitlines()[0] == "epoch,data,size,own number"
+
+
+def test_grid_is_on_a_fixed_scale(tmp_path):
+    from PIL import Image
+
+    images = torch.stack([torch.full((1, 4, 4), value) for value in (-1.0, 0.0, 0.5, 3.0)])
+    common.save_grid(images, tmp_path / "grid.png", columns=3)
+    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
+    zoom = pixels.shape[1] // 20
+    assert pixels.shape == (14 * zoom, 20 * zoom)
+    centres = [pixels[y * zoom, x * zoom] for y, x in ((4, 4), (4, 10), (4, 16), (10, 4))]
+    assert centres == [0, 128, 191, 255]
+
+
+def test_mean_distance_is_that_of_all_pairs():
+    images = torch.randn(6, 3, 4, 4)
+    pairs = [(images[i] - images[j]).square().sum().sqrt().item() for i in range(6) for j in range(i)]
+    assert abs(common.mean_distance(images) - np.mean(pairs)) < 1e-5
+    assert common.mean_distance(images[:1].expand(5, -1, -1, -1)) == 0
+
+
+def test_one_seed_covers_torch_numpy_and_python():
+    import random
+
+    def draw():
+        return torch.rand(1).item(), np.random.rand(), random.random()
+
+    common.seed_everything(5)
+    first = draw()
+    common.seed_everything(5)
+    assert draw() == first

@@ -1,0 +1,223 @@
+import socket
+import threading
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import datasets
+
+
+def load(dataset_type="digits", data_dir="nowhere", **overrides):
+    settings = dict(dataset_type=dataset_type, data_dir=str(data_dir), allow_fallback=True, batch_size=2, shuffle=True,
+                    image_size=28, channels=1, device="cpu")
+    return datasets.load_data(**{**settings, **overrides})
+
+
+def test_bundled_digits_are_split_and_stratified():
+    train, test = load()
+    assert train.pixels.shape == (4500, 1, 28, 28) and test.pixels.shape == (500, 1, 28, 28)
+    assert train.pixels.dtype == torch.uint8 and train.pixels.max() == 255
+    assert train.labels.bincount().tolist() == [450] * 10 and test.labels.bincount().tolist() == [50] * 10
+    known = {image.numpy().tobytes() for image in train.pixels}
+    assert not any(image.numpy().tobytes() in known for image in test.pixels)
+
+
+def test_coloured_digits_are_the_same_every_time_and_never_lose_the_digit():
+    train, test = load(channels=3, image_size=32, num_classes=5)
+    again, _ = load(channels=3, image_size=32, num_classes=5)
+    grey, _ = load(image_size=32)
+    assert train.pixels.shape == (4500, 3, 32, 32) and torch.equal(train.pixels, again.pixels)
+    assert train.labels.unique().tolist() == [0, 1, 2, 3, 4] == [int(name) for name in train.class_names]
+    full = (grey.pixels == 255).flatten(1).any(1).nonzero().squeeze(1)[:50]  # not every digit has full ink
+    for colour, image in zip(train.pixels[full].int(), grey.pixels[full, 0]):
+        ground, ink = colour[:, image == 0].T.unique(dim=0), colour[:, image == 255].T.unique(dim=0)
+        assert len(ground) == 1 and len(ink) == 1 and (ground - ink).abs().min() >= 88  # 0.35 of 255, less rounding
+
+
+@pytest.mark.parametrize("size", [16, 28, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_size_and_both_channel_counts(size, channels):
+    train, _ = load(image_size=size, channels=channels)
+    assert train.pixels.shape == (4500, channels, size, size)
+    if size == 32 and channels == 1:  # padded, not resampled
+        assert torch.equal(train.pixels[:, :, 2:-2, 2:-2], load()[0].pixels)
+
+
+def test_batches_scale_flip_and_order():
+    train, _ = load(batch_size=7, shuffle=False)
+    assert torch.cat(train.order(0, 1)).tolist() == list(range(4500))
+    images, labels = train.batch(torch.tensor([3, 5]))
+    assert torch.allclose(images, train.pixels[[3, 5]] / 127.5 - 1, atol=1e-6) and labels.equal(train.labels[[3, 5]])
+    plain, _ = load(normalize=False)
+    assert torch.allclose(plain.batch(torch.tensor([3]))[0], train.pixels[[3]] / 255, atol=1e-7)
+    shuffled, _ = load(batch_size=7)
+    first, second = torch.cat(shuffled.order(0, 1)), torch.cat(shuffled.order(0, 2))
+    assert sorted(first.tolist()) == list(range(4500)) and not first.equal(second)
+    assert first.equal(torch.cat(shuffled.order(0, 1)))
+    flipping, plain_test = load(horizontal_flip=True)
+    images, _ = flipping.batch(torch.zeros(200, dtype=torch.long))
+    mirrored = sum(image.equal(images[0].flip(2)) for image in images)
+    assert mirrored + sum(image.equal(images[0]) for image in images) == 200 and 60 < mirrored < 140
+    assert not plain_test.flip
+
+
+def test_batch_size_larger_than_the_data():
+    with pytest.raises(common.BadInput, match="batch_size 4501 is larger than the 4500"):
+        load(batch_size=4501)
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with two classes: sizes, modes and suffix cases mixed, one broken file, some that are no pictures."""
+    random = np.random.RandomState(0)
+    for number, (mode, suffix, size) in enumerate([("RGB", ".png", (40, 30)), ("L", ".PNG", (28, 28)),
+                                                   ("RGBA", ".png", (20, 50)), ("P", ".gif", (33, 33)),
+                                                   ("CMYK", ".JPG", (64, 40)), ("1", ".bmp", (31, 29)),
+                                                   ("LA", ".png", (30, 30)), ("I;16", ".tiff", (30, 30))]):
+        folder = tmp_path / "birds" / ("robin" if number % 2 else "wren")
+        folder.mkdir(parents=True, exist_ok=True)
+        array = random.randint(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        image = Image.fromarray(array) if mode != "I;16" else Image.fromarray(array[..., 0].astype(np.uint16) * 257)
+        (image if mode == "I;16" else image.convert(mode)).save(folder / f"{number}{suffix}")
+    (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "notes.txt").write_text("not a picture either")
+    (folder / "._0.png").write_bytes(b"left by another system")
+    return tmp_path / "birds"
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_folder_of_mixed_images(pictures, channels, capsys, monkeypatch):
+    train, test = load("folder", pictures, channels=channels, image_size=16)
+    assert train.pixels.shape == (7, channels, 16, 16) and len(test) == 1 and train.class_names == ["robin", "wren"]
+    error = capsys.readouterr().err
+    assert "skipped 1 unreadable" in error and "broken.jpg" in error and "notes" not in error
+
+    def forbidden(*_):
+        raise AssertionError("the second start reads the cache")
+
+    monkeypatch.setattr(Image, "open", forbidden)
+    again, _ = load("folder", pictures, channels=channels, image_size=16)
+    assert torch.equal(again.pixels, train.pixels) and torch.equal(again.labels, train.labels)
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+def test_folder_is_read_again_when_a_file_changes(pictures):
+    load("folder", pictures)
+    Image.new("RGB", (50, 50), "red").save(pictures / "robin" / "new.png")
+    assert sum(map(len, load("folder", pictures))) == 9
+    assert len(list(pictures.glob(".cache_*"))) == 1
+
+
+def test_folder_images_keep_their_shape_and_transparency_becomes_white(tmp_path):
+    wide = np.zeros((20, 60, 3), dtype=np.uint8)
+    wide[:, 20:40] = 255  # the middle third is what a centre crop leaves
+    Image.fromarray(wide).save(tmp_path / "a.png")
+    Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
+    deep = np.full((20, 20), 255 * 257, dtype=np.uint16)
+    Image.fromarray(deep).save(tmp_path / "c.png")
+    train, test = load("folder", tmp_path, image_size=10, batch_size=1)
+    assert torch.cat([train.pixels, test.pixels]).min() > 200 and train.class_names == [""]
+
+
+def test_folder_without_readable_images(tmp_path):
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(b"no picture")
+    with pytest.raises(common.BadInput, match="0 of 2 image files can be read"):
+        load("folder", tmp_path)
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
+    monkeypatch.setattr(datasets.Path, "read_text", lambda _: "MemTotal: 9 kB\nMemAvailable: 1024 kB\n")
+    with pytest.raises(common.BadInput, match=r"5,000 images of 3x64x64 need 0.1 GiB, and cpu has 0.0 GiB free"):
+        load(channels=3, image_size=64)
+
+
+@pytest.fixture
+def silent_server():
+    """A port that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        held = []
+        threading.Thread(target=lambda: [held.append(server.accept()) for _ in range(9)], daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}/"
+
+
+@pytest.fixture
+def mnist_from(monkeypatch):
+    from torchvision.datasets import MNIST
+
+    return lambda url: monkeypatch.setattr(MNIST, "mirrors", [url])
+
+
+def test_download_without_an_answer_is_given_up(silent_server, mnist_from, monkeypatch, tmp_path, capsys):
+    mnist_from(silent_server)
+    monkeypatch.setattr(datasets, "STALL_SECONDS", 0.5)
+    train, _ = load("mnist", tmp_path)
+    assert train.name == "digits (bundled, in place of mnist)" and len(train) == 4500
+    warning = capsys.readouterr().err
+    assert "THIS IS NOT MNIST" in warning and "no answer for 0.5 s" in warning and "train-images" not in warning
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(common.BadInput, match="put MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz there"):
+        load("mnist", tmp_path, allow_fallback=False)
+
+
+def test_broken_download_leaves_nothing_behind(mnist_from, tmp_path):
+    from http.server import BaseHTTPRequestHandler, HTTPServer
+
+    class Rubbish(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(b"half a file")
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Rubbish) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        mnist_from(f"http://127.0.0.1:{server.server_port}/")
+        train, _ = load("mnist", tmp_path)
+        server.shutdown()
+    assert "in place of mnist" in train.name and not list(tmp_path.iterdir())
+
+
+def write_mnist(folder, monkeypatch):
+    """Ten tiny digits a split in MNIST's own format, gzipped; torchvision is told their checksums."""
+    import gzip
+    import hashlib
+    from torchvision.datasets import MNIST
+
+    (folder / "MNIST" / "raw").mkdir(parents=True)
+    resources = []
+    for split, value in (("train", 10), ("t10k", 20)):
+        images = np.full((10, 28, 28), value, dtype=np.uint8)
+        for kind, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, np.arange(10, dtype=np.uint8))):
+            header = np.array([magic, *array.shape], dtype=">i4").tobytes()
+            path = folder / "MNIST" / "raw" / f"{split}-{kind}-ubyte.gz"
+            path.write_bytes(gzip.compress(header + array.tobytes()))
+            resources.append((path.name, hashlib.md5(path.read_bytes()).hexdigest()))
+    monkeypatch.setattr(MNIST, "resources", resources)
+
+
+def test_archives_in_data_dir_are_used_without_a_network(mnist_from, monkeypatch, tmp_path):
+    mnist_from("http://127.0.0.1:9/")
+    write_mnist(tmp_path, monkeypatch)
+    train, test = load("mnist", tmp_path)
+    assert train.name == "mnist" and len(train) == len(test) == 10
+    assert (train.pixels == 10).all() and (test.pixels == 20).all()  # the test split is the test split
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["MNIST"]
+
+
+def test_damaged_files_are_not_trained_on(mnist_from, monkeypatch, tmp_path, capsys):
+    mnist_from("http://127.0.0.1:9/")
+    write_mnist(tmp_path, monkeypatch)
+    load("mnist", tmp_path)
+    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    images.write_bytes(images.read_bytes()[:-50])
+    train, _ = load("mnist", tmp_path)  # unpacked once more from the archive, whose checksum is right
+    assert train.name == "mnist" and len(train) == 10
