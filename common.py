@@ -126,7 +126,7 @@ def choose_device(device):
 def seed_everything(seed):
     """One seed for torch (every device), numpy and Python."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed)
     torch.manual_seed(seed)
 
 
@@ -163,8 +163,8 @@ def _plain(part):
     return sys.intern(part) if isinstance(part, str) else part
 
 
-def load(path, script):
-    """Read a .pt file that `script` wrote, onto the CPU. No code in the file is run. Raises BadInput."""
+def load(path, script, part):
+    """Read a .pt file of `script` that holds `part`, onto the CPU. No code in the file is run. Raises BadInput."""
     if not Path(path).is_file():
         raise BadInput(f"there is no file {path}; train first: python {script}.py")
     try:
@@ -178,6 +178,8 @@ def load(path, script):
         raise BadInput(f"{path} was not written by this collection")
     if contents["script"] != script:
         raise BadInput(f"{path} was written by {contents['script']}.py, not by {script}.py")
+    if part not in contents:
+        raise BadInput(f"{path} holds no {part}: weights_epoch_E.pt is for sampling, checkpoint.pt for continuing")
     return contents
 
 
@@ -259,15 +261,13 @@ class Run:
         if num_threads:
             torch.set_num_threads(min(num_threads, os.cpu_count()))
         self.epoch = self.start = self.stopped_by = 0
-        self.history, self.checkpoint, path = {}, None, self.folder / "checkpoint.pt"
-        if path.is_file() and resume:
+        self.history, self.checkpoint, self.path = {}, None, self.folder / "checkpoint.pt"
+        if self.path.is_file() and resume:
             try:
-                self.checkpoint = load(path, self.script)
+                self.checkpoint = load(self.path, self.script, "settings")
             except BadInput as error:
                 raise BadInput(f"{error}; give another --output_dir, or start over with --resume false")
             self._compare(self.checkpoint["settings"], self.settings)
-        elif path.is_file():
-            os.replace(path, self.folder / "checkpoint_before.pt")  # starting over loses nothing either
         seed_everything(seed)
 
     def _compare(self, old, new):
@@ -288,6 +288,8 @@ class Run:
         need, free = 8 * weights, shutil.disk_usage(self.folder).free  # weights, two moments and the rest, old and new
         if need > free:
             raise BadInput(f"{self.folder} has {free / 2**20:.0f} MiB free; checkpoints need {need / 2**20:.0f} MiB")
+        if self.path.is_file() and not self.checkpoint:
+            os.replace(self.path, self.folder / "checkpoint_before.pt")  # starting over loses nothing either
         self.bar = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -391,9 +393,11 @@ class Run:
     def _save(self, epoch, step):
         name, numbers, *rest = np.random.get_state()
         rng = {"torch": torch.get_rng_state(), "numpy": [name, numbers.tolist(), *rest], "python": random.getstate()}
-        if self.device.type != "cpu":
-            rng[self.device.type] = getattr(torch, self.device.type).get_rng_state()
-        save(self.folder / "checkpoint.pt",
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        elif self.device.type == "mps":
+            rng["mps"] = torch.mps.get_rng_state()
+        save(self.path,
              {"script": self.script, "model_kwargs": self.model_kwargs, "settings": self.settings,
               "data": self.train.name, "epoch": epoch, "step": step, "names": self.names,
               "rows": self.rows[:step].clone(), "history": self.history, "rng": rng,
@@ -409,8 +413,10 @@ class Run:
         torch.set_rng_state(old["rng"]["torch"])
         np.random.set_state(tuple(old["rng"]["numpy"]))
         random.setstate(old["rng"]["python"])
-        if self.device.type in old["rng"]:
-            getattr(torch, self.device.type).set_rng_state(old["rng"][self.device.type])
+        if self.device.type == "cuda" and "cuda" in old["rng"]:
+            torch.cuda.set_rng_state(old["rng"]["cuda"], self.device)
+        elif self.device.type == "mps" and "mps" in old["rng"]:
+            torch.mps.set_rng_state(old["rng"]["mps"])
 
     def _stop(self, number, frame):
         if self.stopped_by:

@@ -94,6 +94,8 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
 
 def _fit(pixels, size, channels):
     """(N, C, H, W) uint8 to the asked size and channels; 28 to 32 pads, everything else is an antialiased resize."""
+    if len(pixels) > 4096:  # by parts: floats take four times the memory
+        return torch.cat([_fit(part, size, channels) for part in pixels.split(4096)])
     if pixels.shape[1] > channels:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # luma, ITU-R BT.601
         pixels = (pixels * weights).sum(1, keepdim=True).round().byte()
@@ -102,9 +104,8 @@ def _fit(pixels, size, channels):
     if pixels.shape[2] == 28 and size == 32:
         return F.pad(pixels, (2, 2, 2, 2), value=0) if channels == 1 else F.pad(pixels, (2, 2, 2, 2), mode="replicate")
     if pixels.shape[2] != size:
-        resize = dict(size=(size, size), mode="bicubic", antialias=True)
-        pixels = torch.cat([F.interpolate(part.float(), **resize).clamp_(0, 255).round_().byte()
-                            for part in pixels.split(4096)])
+        pixels = F.interpolate(pixels.float(), size=(size, size), mode="bicubic", antialias=True)
+        pixels = pixels.clamp_(0, 255).round_().byte()
     return pixels
 
 

@@ -34,7 +34,7 @@ trainer_kwargs = {
     "ema_decay": 0.999,  # in [0, 1); pictures and weights show G averaged over about 1000 steps; 0 is G itself
     "output_dir": "cifar10_GAN",  # everything is written there
     "sample_every": 50,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # >= 0; of weights, order and noise: on a CPU the same seed gives the same bytes
+    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
@@ -195,7 +195,7 @@ class Trainer:
 
 def load_generator(weights_path):
     """Rebuild the generator of a weights_epoch_{E}.pt, in eval mode. Raises common.BadInput for any other file."""
-    weights = common.load(weights_path, "main_dcgan")
+    weights = common.load(weights_path, "main_dcgan", "generator")
     generator = Generator(**weights["model_kwargs"])
     generator.load_state_dict(weights["generator"])
     return generator.eval()

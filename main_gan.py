@@ -36,7 +36,7 @@ trainer_kwargs = {
     "fake_label": 0.1,  # in [0, 1]; target for generated images
     "output_dir": "mnist_GAN",  # everything is written there
     "sample_every": 50,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # >= 0; of weights, order and noise: on a CPU the same seed gives the same bytes
+    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 1,  # >= 0; CPU threads; layers this small gain little from a second; 0 is torch's own choice
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
@@ -174,7 +174,7 @@ class Trainer:
 
 def load_generator(weights_path):
     """Rebuild the generator of a weights_epoch_{E}.pt, in eval mode. Raises common.BadInput for any other file."""
-    weights = common.load(weights_path, "main_gan")
+    weights = common.load(weights_path, "main_gan", "generator")
     kwargs = weights["model_kwargs"]
     generator = Generator(kwargs["latent_variable_size"], kwargs["generator_hidden_size"], kwargs["image_size"])
     generator.load_state_dict(weights["generator"])

@@ -28,6 +28,7 @@ def files(folder):
     (["--dataset_type", "imagenet"], "mnist | cifar10"),
     (["--image_size", "20"], "legal: "),
     (["--batch_size", "0"], ">= 1"),
+    (["--seed", str(2**32)], "in [0, 4294967295]"),
     (["--batch_size", "4501"], "larger than the 4500 training images"),
     (["--device", "cuda:77"], "cannot be used here"),
     (["--dataset_type", "folder", "--data_dir", "no/such"], "there is no folder no/such"),
@@ -146,6 +147,10 @@ def test_resume_false_starts_over_and_keeps_the_old_checkpoint(tiny, tmp_path):
     old = (tmp_path / "out" / "checkpoint.pt").read_bytes()
     assert main_gan.main(*tiny(main_gan, num_epochs=1, resume=False)).run.history["epoch"] == [1]
     assert (tmp_path / "out" / "checkpoint_before.pt").read_bytes() == old
+    new = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    with pytest.raises(common.BadInput):
+        main_gan.main(*tiny(main_gan, resume=False, image_size=20))
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == new, "a refused start moves nothing"
 
 
 @pytest.mark.parametrize("change", ["loss", "weights"])
@@ -209,13 +214,13 @@ def test_history_holds_the_mean_over_images_of_what_was_logged(tiny, tmp_path):
 def test_grid_is_on_a_fixed_scale(tmp_path):
     from PIL import Image
 
-    images = torch.stack([torch.full((1, 4, 4), value) for value in (-1.0, 0.0, 0.5, 3.0)])
+    images = torch.stack([torch.full((1, 4, 4), value) for value in (-0.5, 0.0, 0.5, 3.0)])
     common.save_grid(images, tmp_path / "grid.png", columns=3)
     pixels = np.asarray(Image.open(tmp_path / "grid.png"))
     zoom = pixels.shape[1] // 20
     assert pixels.shape == (14 * zoom, 20 * zoom)
     centres = [pixels[y * zoom, x * zoom] for y, x in ((4, 4), (4, 10), (4, 16), (10, 4))]
-    assert centres == [0, 128, 191, 255]
+    assert centres == [64, 128, 191, 255]
 
 
 def test_mean_distance_is_that_of_all_pairs():

@@ -101,6 +101,8 @@ def test_weights_give_the_same_samples(tiny, tmp_path):
     assert generator(z).unflatten(1, (1, 28, 28)).equal(trainer.sample(z)) and not generator.training
     with pytest.raises(common.BadInput, match="there is no file"):
         main_gan.load_generator(tmp_path / "nothing.pt")
+    with pytest.raises(common.BadInput, match="checkpoint.pt holds no generator"):
+        main_gan.load_generator(tmp_path / "out" / "checkpoint.pt")
 
 
 def test_other_sizes_are_squares(tiny):
