@@ -137,13 +137,15 @@ def write(path, data):
     """Write bytes under a temporary name, then rename: `path` holds the old bytes or the new ones, never half."""
     path, part = Path(path), Path(f"{path}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)  # a folder tidied away during a run costs no epoch
         with open(part, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        if part.is_file():
+            part.unlink()
         raise OSError(f"could not write {path}: {error.strerror}; what was there before is untouched")
 
 

@@ -6,6 +6,7 @@ prints: milliseconds a step and ratios, medians over rounds in which the loops t
                   Adam; losses read at every step; torch's own number of threads
         careful   the same, but fakes are shared by both losses and detached for D's
         script    the script's own loop: Run.batches, Trainer.step, Run.log, at its default number of threads
+        all       the same at torch's own number of threads
         bare      Trainer.step on one batch that is there already: the ceiling for any loader
         batch     the script's share of a step that goes into its batch
 """
@@ -108,14 +109,15 @@ def measure(module, steps, rounds):
     default_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         loops, threads = {}, {}
-        for name in ("textbook", "careful", "script", "bare", "batch"):
+        for name in ("textbook", "careful", "script", "all", "bare", "batch"):
             torch.set_num_threads(default_threads)
             trainer = build(module, f"{folder}/{name}")
             loops[name] = {"textbook": lambda t: textbook(t, latent, flatten, labels, careful=False),
                            "careful": lambda t: textbook(t, latent, flatten, labels, careful=True),
-                           "script": lambda t: script(t, flatten), "bare": lambda t: bare(t, flatten),
-                           "batch": batch}[name](trainer)
-            threads[name] = default_threads if name in ("textbook", "careful") else torch.get_num_threads()
+                           "script": lambda t: script(t, flatten), "all": lambda t: script(t, flatten),
+                           "bare": lambda t: bare(t, flatten), "batch": batch}[name](trainer)
+            own = name in ("script", "bare", "batch")
+            threads[name] = torch.get_num_threads() if own else default_threads
         times = {name: [] for name in loops}
         for number in range(rounds + 1):
             for name, loop in loops.items():
@@ -126,7 +128,8 @@ def measure(module, steps, rounds):
                 if number:  # the first round warms up
                     times[name].append((time.perf_counter() - begun) / steps * 1e3)
         torch.set_num_threads(default_threads)
-        loops["script"].close()
+        for loop in loops.values():
+            loop.close()
 
     def ratio(a, b):
         return statistics.median(x / y for x, y in zip(times[a], times[b]))
@@ -135,7 +138,8 @@ def measure(module, steps, rounds):
     print(f"{module.__name__}, batch {trainer.train.batch_size}, threads {threads}\n"
           f"  ms a step: {milliseconds}\n"
           f"  script is {ratio('textbook', 'script'):.2f} x textbook, {ratio('careful', 'script'):.2f} x careful, "
-          f"{ratio('bare', 'script'):.2f} of bare; batch is {100 * ratio('batch', 'script'):.1f} % of a step", flush=True)
+          f"{ratio('bare', 'script'):.2f} of bare; all is {ratio('textbook', 'all'):.2f} x textbook; "
+          f"batch is {100 * ratio('batch', 'script'):.1f} % of a step", flush=True)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_help_lists_every_key_with_default_and_comment(command_line, monkeypatch
         common.run(main_gan.main, main_gan.model_kwargs, main_gan.dataset_kwargs, main_gan.trainer_kwargs)
     text = " ".join(capsys.readouterr().out.split())
     described = common.describe(main_gan.__file__)
-    keys = [key for kwargs in (main_gan.model_kwargs, main_gan.dataset_kwargs, main_gan.trainer_kwargs) for key in kwargs]
+    keys = [*main_gan.model_kwargs, *main_gan.dataset_kwargs, *main_gan.trainer_kwargs]
     assert stop.value.code == 0 and keys == list(described)
     for key, (default, comment) in described.items():
         assert f"--{key}" in text and f"{comment} (default: {default})" in text
@@ -168,13 +168,17 @@ def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(change, tiny,
         return values
 
     monkeypatch.setattr(main_gan.Trainer, "step", broken)
-    words = {"loss": "generator loss became nan at epoch 2, step 7", "weights": "no longer finite after epoch 2"}[change]
+    words = {"loss": "generator loss became nan at epoch 2, step 7",
+             "weights": "no longer finite after epoch 2"}[change]
     with pytest.raises(FloatingPointError, match=f"{words}.*still holds epoch 1"):
         main_gan.main(*tiny(main_gan, num_epochs=3))
     assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == good
 
 
 def test_failed_write_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
+    common.write(tmp_path / "tidied" / "away" / "b", b"new")
+    assert files(tmp_path / "tidied" / "away") == {"b": b"new"}
+    tmp_path = tmp_path / "full"
     common.write(tmp_path / "a", b"old")
 
     def full(_):

@@ -37,5 +37,6 @@ def test_killed_runs_end_as_one_never_killed(tmp_path):
     assert last.wait() == 0, last.stderr.read()
     for name in ("checkpoint.pt", "weights_epoch_12.pt", "weights_epoch_4.pt", "history.csv",
                  "generated_image_epoch_12.png", "train_loss_curve_12.png"):
-        assert (tmp_path / "whole" / "out" / name).read_bytes() == (tmp_path / "parts" / "out" / name).read_bytes(), name
+        whole, parts = ((tmp_path / run / "out" / name).read_bytes() for run in ("whole", "parts"))
+        assert whole == parts, name
     assert not list((tmp_path / "parts" / "out").glob("*.part"))

@@ -94,7 +94,7 @@ def test_pictures_and_weights_are_of_the_averaged_generator_in_eval_mode(tiny, t
     trainer = main_dcgan.main(*tiny(main_dcgan, num_epochs=1, **SMALL))
     generator, z = main_dcgan.load_generator(tmp_path / "out" / "weights_epoch_1.pt"), torch.randn(4, 8)
     assert torch.allclose(generator(z), trainer.sample(z))
-    assert torch.allclose(trainer.sample(z)[:1], trainer.sample(z[:1]), atol=1e-6), "a batch of one gives the same image"
+    assert torch.allclose(trainer.sample(z)[:1], trainer.sample(z[:1]), atol=1e-6), "a batch of one gives the same"
     assert not torch.allclose(trainer.sample(z), trainer.generator.eval()(z), atol=1e-3)
 
 
