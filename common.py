@@ -166,9 +166,9 @@ def _plain(part):
 
 
 def load(path, script, part):
-    """Read a .pt file of `script` that holds `part`, onto the CPU. No code in the file is run. Raises BadInput."""
+    """Read a .pt file of `script` (None: any) that holds `part`, onto the CPU. No code in it is run. Raises BadInput."""
     if not Path(path).is_file():
-        raise BadInput(f"there is no file {path}; train first: python {script}.py")
+        raise BadInput(f"there is no file {path}" + (f"; train first: python {script}.py" if script else ""))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -178,7 +178,7 @@ def load(path, script, part):
         raise BadInput(f"{path} {why}")
     if not isinstance(contents, dict) or "script" not in contents:
         raise BadInput(f"{path} was not written by this collection")
-    if contents["script"] != script:
+    if script and contents["script"] != script:
         raise BadInput(f"{path} was written by {contents['script']}.py, not by {script}.py")
     if part not in contents:
         raise BadInput(f"{path} holds no {part}: weights_epoch_E.pt is for sampling, checkpoint.pt for continuing")

@@ -197,11 +197,8 @@ def _download(fetch, data_dir):
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _folder(folder, size, channels, device):
-    """Images of any sizes and modes under `folder`: shortest side to `size`, centre crop; cached in the folder."""
-    from concurrent.futures import ThreadPoolExecutor
-    from PIL import Image, ImageOps
-
+def image_files(folder):
+    """The image files below a folder, sorted; nothing hidden. Raises BadInput where there are fewer than two."""
     folder = Path(folder)
     if not folder.is_dir():
         raise BadInput(f"there is no folder {folder}")
@@ -209,6 +206,15 @@ def _folder(folder, size, channels, device):
                    and not any(part.startswith(".") for part in path.relative_to(folder).parts))
     if len(paths) < 2:
         raise BadInput(f"{folder} holds {len(paths)} images ({' '.join(sorted(SUFFIXES))}); two are the least")
+    return paths
+
+
+def _folder(folder, size, channels, device):
+    """Images of any sizes and modes under `folder`: shortest side to `size`, centre crop; cached in the folder."""
+    from concurrent.futures import ThreadPoolExecutor
+    from PIL import Image, ImageOps
+
+    folder, paths = Path(folder), image_files(folder)
     _check_memory(len(paths), channels, size, device)
     listing = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
     stem = f".cache_{size}x{size}x{channels}_"
@@ -263,3 +269,14 @@ def _folder(folder, size, channels, device):
     return [(pixels[train], labels[train]), (pixels[test], labels[test])], class_names
 
 
+def read_images(paths):
+    """Image files as they are: uint8 RGB (n, 3, H, W), one tensor a size in the files' order. Raises BadInput."""
+    from PIL import Image
+
+    images = []
+    for path in paths:
+        try:
+            images.append(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None])
+        except Exception as error:  # a decoder may raise anything; the file is named
+            raise BadInput(f"{path} cannot be read ({type(error).__name__})")
+    return [torch.cat(images)] if len({image.shape for image in images}) == 1 else images
