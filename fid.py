@@ -3,7 +3,6 @@
 paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500; KID: Binkowski et al. 2018, arXiv 1801.01401;
         precision and recall: Kynkaanniemi et al. 2019, arXiv 1904.06991; resize `clean`: Parmar et al. 2022, 2104.11222
 run:    python fid.py --generated mnist_GAN/weights_epoch_20.pt --features classifier
-        python fid.py --generated FOLDER_OF_IMAGES --real cifar10:train
 writes: scores/: {metric}_of_{generated}.json, .npz (statistics), .png (left generated, right the nearest real images);
         .fid/ beside the data: statistics of the real images, and the classifier, so that they are computed once
 expect: EXPECT
@@ -68,8 +67,14 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, roots=None):
     if not all(part.isfinite().all() for part in (mu1, mu2, *parts)):
         raise BadInput("there are NaN or infinite features: look at the images, or at the network that drew them")
     root1, root2 = roots or map(root, parts)
-    overlap = torch.linalg.svdvals(root1.T @ root2).sum()  # S1 S2 has their squares as eigenvalues: nothing is complex
-    return max(0.0, ((mu1 - mu2).square().sum() + root1.square().sum() + root2.square().sum() - 2 * overlap).item())
+    cross, apart = root1.T @ root2, sum(part.square().sum() for part in (mu1 - mu2, root1, root2))
+    # S1 S2 has the squares of cross's singular values as eigenvalues: none is complex. Those of cross^T cross come at
+    # half the cost, but wrong by `noise`: not where costs are low, or where that may move the value by a millionth
+    squares = torch.linalg.eigvalsh(cross.T @ cross if len(cross) > len(cross.T) else cross @ cross.T).clamp(min=0)
+    noise, value = 2e-15 * squares[-1:].sum(), apart - 2 * squares.sqrt().sum()
+    if len(squares) < 1000 or 2 * (noise / (squares.sqrt() + noise.sqrt())).nansum() > 1e-6 * value:
+        value = apart - 2 * torch.linalg.svdvals(cross).sum()
+    return max(0.0, value.item())
 
 
 class Statistics:
@@ -107,10 +112,8 @@ class Statistics:
 
 def kernel_distance(real, fake, blocks=10):
     """KID, the unbiased squared MMD for the kernel (x . y / d + 1)^3 (Binkowski et al., section 3), and its error."""
-    # real, fake (n, d), in random order; disjoint blocks are independent, so that their spread gives an honest error
-    n = min(len(real), len(fake))
-    blocks = max(1, min(blocks, n // 2))
-    size, values = n // blocks, []
+    blocks = max(1, min(blocks, len(real) // 2, len(fake) // 2))
+    size, values = min(len(real), len(fake)) // blocks, []  # disjoint blocks are independent: their spread is honest
     for x, y in zip(real[:blocks * size].double().split(size), fake[:blocks * size].double().split(size)):
         xx, yy, xy = (((a @ b.T) / a.shape[1] + 1)**3 for a, b in ((x, x), (y, y), (x, y)))
         pairs = xx.sum() - xx.trace() + yy.sum() - yy.trace()  # an image and itself are no pair
@@ -121,9 +124,8 @@ def kernel_distance(real, fake, blocks=10):
 def precision_recall(real, fake, k=3):
     """Share of fake (m, d) on the manifold of real (n, d), and the reverse: Kynkaanniemi et al., eq. 1 and 2."""
     def covered(inside, points):
-        # the manifold is the union of the balls around the points that reach to their k-th neighbour; the 0th is itself
         reach = torch.cat([torch.cdist(part, points).kthvalue(min(k + 1, len(points)), dim=1).values
-                           for part in points.split(1000)])
+                           for part in points.split(1000)])  # radius of each ball: to the k-th; the 0th is the point
         return torch.cat([(torch.cdist(part, points) <= reach).any(1) for part in inside.split(1000)])
 
     return covered(fake, real).double().mean().item(), covered(real, fake).double().mean().item()
@@ -142,7 +144,6 @@ def resized(images, resize):
 def inception(path):
     """FID's Inception (TensorFlow, 2015-12-05) with weights from `path`: (N, 3, 299, 299) in [-1, 1] -> (N, 2048)."""
     from torchvision.models.inception import BasicConv2d, Inception3
-
     network = Inception3(num_classes=1008, aux_logits=False, init_weights=False).eval()
     try:
         network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
@@ -264,10 +265,10 @@ def of_generator(name, count, generate):
 
 def of_weights(path, count, seed, device):
     """A weights file as a source: its generator, rebuilt by the load_generator of the script that wrote it."""
-    weights, load = common.load(path), None
-    script, kwargs = weights["script"], weights["model_kwargs"]
-    if script in [own.stem for own in Path(__file__).parent.glob("*.py")]:  # no other code is imported
-        load = getattr(importlib.import_module(script), "load_generator", None)
+    weights = common.load(path)
+    script, kwargs, own = weights["script"], weights["model_kwargs"], Path(__file__).parent.glob("*.py")
+    module = importlib.import_module(script) if script in [path.stem for path in own] else None
+    load = getattr(module, "load_generator", None)
     if not load:
         raise BadInput(f"{path}: {script}.py is no script of this collection that has a generator")
     generator, random = load(path).to(device).eval(), torch.Generator().manual_seed(seed)
@@ -312,18 +313,17 @@ def measure(source, features, count, batch_size):
     if min(count, source.count) < 2:
         raise BadInput(f"{source.name} holds {source.count} images; two are the least")
     made = Statistics(f"features {features.name}  resize {features.resize}")
-    index = torch.randperm(source.count, generator=torch.Generator().manual_seed(0))[:count]
-    stem = re.sub(r"[^\w.]+", "_", f"{Path(source.name).name} {len(index)} {source.digest} {made.label}")
+    made.index = torch.randperm(source.count, generator=torch.Generator().manual_seed(0))[:count]
+    stem = re.sub(r"[^\w.]+", "_", f"{Path(source.name).name} {len(made.index)} {source.digest} {made.label}")
     path = source.folder and source.folder / f"{stem}.pt"
     if path and path.is_file():
         vars(made).update(common.load(path, "fid"))
     else:
-        for part in tqdm(index.split(batch_size), source.name, leave=False, disable=not sys.stderr.isatty()):
+        for part in tqdm(made.index.split(batch_size), source.name, leave=False, disable=not sys.stderr.isatty()):
             images, labels = source.read(part)
             made.add(torch.cat([features.see(each).float().cpu() for each in images]), labels)
         if path:
             cache(path, vars(made))
-    made.index = index
     return made
 
 
@@ -362,8 +362,8 @@ def save_neighbours(path, fakes, fake, reals, real):
     distances, nearest = torch.cdist(fake.kept[:2000], real.kept).topk(min(7, len(real.kept)), largest=False)
     tiles = []
     for row in (distances[:, 0] / distances[:, -1]).argsort()[:8]:
-        parts = fakes.read(fake.index[row:row + 1])[0] + [torch.full((1, 1, 8, 8), 128)]
-        for part in parts + reals.read(real.index[nearest[row]])[0]:
+        copy, originals = fakes.read(fake.index[row:row + 1])[0], reals.read(real.index[nearest[row]])[0]
+        for part in [*copy, torch.full((1, 1, 8, 8), 128), *originals]:
             part = F.interpolate(part.cpu().float(), size=(56, 56), mode="bicubic", antialias=True)
             tiles.append(part.expand(-1, 3, -1, -1))
     common.save_grid(torch.cat(tiles), path, columns=2 + nearest.shape[1], low=0, high=255)
@@ -381,17 +381,17 @@ def main(source_kwargs, metric_kwargs):
     reals = open_source(against, o.num_images, o.seed, o.data_dir, device, like=fakes)
     pair = getattr(reals, "pair", None)
     if o.features == "classifier" and not pair:
-        raise BadInput("a classifier needs labels: name a data set, --real mnist:train, or use --features inception")
+        raise BadInput("a classifier needs labels: --real mnist:train or the like; or --features inception")
     features = (classifier_features(*pair, o.data_dir, device) if o.features == "classifier"
                 else inception_features(o.inception_weights, o.data_dir, o.resize, device))
     real = measure(reals, features, sys.maxsize, o.batch_size)
     fake = measure(fakes, features, o.num_images, o.batch_size)
-    result = {features.metric: real.distance(fake), "N": fake.n or "unknown", "features": features.name,
-              "resize": features.resize}
+    result = {features.metric: real.distance(fake), "N": fake.n or "unknown"}
+    result.update({"features": features.name, "resize": features.resize})
     if pair:  # what a perfect generator would get
         other = of_images(pair, "test" if against.endswith("train") else "train", o.data_dir)
-        held_out = measure(other, features, o.num_images, o.batch_size)
-        result.update({"floor": real.distance(held_out), "floor's N": held_out.n})
+        other = measure(other, features, o.num_images, o.batch_size)
+        result.update({"floor": real.distance(other), "floor's N": other.n})
     kept = min(len(real.kept), len(fake.kept), 10000)
     if kept > 1:
         kernel = "KID" if features.metric == "FID" else f"kernel {features.metric}"
@@ -404,8 +404,8 @@ def main(source_kwargs, metric_kwargs):
                     for key, value in result.items()))
     for name, n in (generated, fake.n), (against, real.n):
         if n < len(fake.mu):
-            common.say(f"warning: N {n} of {name} is few for {len(fake.mu)} features: the fewer, the larger the "
-                       "distance, as the covariance has no full rank; compare at equal N only (0: N is not known)")
+            common.say(f"warning: {name}: N {n or 'unknown'} is few for {len(fake.mu)} features: without full rank the "
+                       "covariance makes the distance too large, the more so the fewer images; compare at equal N only")
     path = Path(o.output_dir) / re.sub(r"[^\w.]+", "_", f"{features.metric}_of_{' '.join(Path(generated).parts[-2:])}")
     path.parent.mkdir(parents=True, exist_ok=True)
     common.write(f"{path}.json", json.dumps({**result, "classes": classes}, indent=1).encode())

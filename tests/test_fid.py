@@ -41,6 +41,19 @@ def test_distance_equals_the_one_with_a_matrix_root(d, rank, condition):
     assert fid.frechet_distance(mu1, sigma1, mu1, sigma1) < 1e-8
 
 
+def test_many_features_are_measured_quickly_or_else_exactly(monkeypatch):
+    random, mu = np.random.default_rng(0), np.zeros(1024)
+    sigma1, sigma2 = (np.cov(random.standard_normal((1024, 3000))) for _ in range(2))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.linalg, "svdvals", lambda _: pytest.fail("the slow way"))
+        assert fid.frechet_distance(mu, sigma1, mu, sigma2) == pytest.approx(by_sqrtm(mu, sigma1, mu, sigma2), rel=1e-9)
+    # nearly equal and ill-conditioned: there the rounding of the quick way would show
+    axes = np.linalg.qr(random.standard_normal((1024, 1024)))[0]
+    sigma, scale = axes * np.geomspace(1, 1e-8, 1024) @ axes.T, 1 + 2e-6
+    wanted = (scale - 1)**2 * np.trace(sigma)
+    assert fid.frechet_distance(mu, sigma, mu, scale**2 * sigma) == pytest.approx(wanted, rel=3e-4)
+
+
 def test_closed_forms_are_met_exactly():
     zero = np.zeros(3)
     # one dimension: (m1 - m2)^2 + (s1 - s2)^2; diagonal matrices: the sum over the dimensions
@@ -238,7 +251,7 @@ def test_folders_of_mixed_sizes_by_class(inceptions, tmp_path, capsys):
     told = capsys.readouterr()
     assert "N 4" in told.out and "resize clean" in told.out and "features inception" in told.out
     assert "FID" not in told.out  # these weights are not its own
-    assert "N 4 of" in told.err and "2048 features" in told.err
+    assert "N 4 is few for 2048 features" in told.err
     again = measure(tmp_path, **kwargs, batch_size=1)  # one by one as in a batch: each is resized from its own size
     assert again["inception distance"] == pytest.approx(result["inception distance"])
     assert {path.suffix for path in (tmp_path / "scores").iterdir()} == {".json", ".npz", ".png"}
