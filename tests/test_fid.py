@@ -312,6 +312,8 @@ def test_classifier_learns_once_and_never_calls_itself_fid(quick, digits, tmp_pa
     assert again.name == features.name and capsys.readouterr().err == ""
     assert torch.equal(state, torch.get_rng_state())
     torch.testing.assert_close(again.see(digits[1].pixels[:3]), features.see(digits[1].pixels[:3]))
+    torch.manual_seed(1)  # it depends on the data alone
+    assert fid.classifier_features(*digits, tmp_path / "other", torch.device("cpu")).name == features.name
     assert "FID" not in features.name + features.metric
 
 
