@@ -1,6 +1,7 @@
 import copy
 import json
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -453,3 +454,30 @@ def test_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys):
             common.run(fid.main, fid.source_kwargs, fid.metric_kwargs)
         told = capsys.readouterr().err
         assert stop.value.code == 2 and words in told and told.count("\n") == 1
+
+
+def test_classes_are_told_apart_and_labels_compared():
+    x, y, labels = torch.randn(60, 4), torch.randn(60, 4), torch.arange(60) % 2
+    a, b = fid.Statistics("one way").add(x, labels), fid.Statistics("one way").add(y, labels)
+    by_hand = fid.Statistics().add(x[labels == 1]).distance(fid.Statistics().add(y[labels == 1]))
+    assert a.class_distances(b)[1] == pytest.approx(by_hand, rel=1e-9)
+    b.label = "another way"
+    with pytest.raises(common.BadInput, match="not comparable: one way and another way"):
+        a.distance(b)
+
+
+def test_other_images_under_the_same_name_are_measured_anew(digits, tmp_path):
+    features = SimpleNamespace(see=lambda images: images[:, 0, 10:12, 14].float(), name="two pixels", resize="none",
+                               metric="distance")
+    before = fid.measure(fid.of_images(digits, "test", tmp_path), features, 100, 50)
+    digits[1].pixels.copy_(255 - digits[1].pixels)
+    after = fid.measure(fid.of_images(digits, "test", tmp_path), features, 100, 50)
+    torch.testing.assert_close(after.mu, 255 - before.mu)
+
+
+def test_code_of_others_is_not_imported(tmp_path, monkeypatch):
+    (tmp_path / "stranger.py").write_text("load_generator = 1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    common.save(tmp_path / "w.pt", {"script": "stranger", "data": "digits", "model_kwargs": {}})
+    with pytest.raises(common.BadInput, match="stranger.py is no script of this collection"):
+        fid.of_weights(str(tmp_path / "w.pt"), 4, 0, torch.device("cpu"))
