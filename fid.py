@@ -5,7 +5,7 @@ paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500; KID: Binkowski et 
 run:    python fid.py --generated mnist_GAN/weights_epoch_20.pt --features classifier
 writes: scores/: {metric}_of_{generated}.json, .npz (statistics), .png (left generated, right the nearest real images);
         .fid/ beside the data: statistics of the real images, and the classifier, so that they are computed once
-expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149, 70.7 (floor 2.50), N 10,000; 40 s on a core
+expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149, 70.7 (floor 2.50), N 10,000; 40 s, 1 core
 """
 import hashlib
 import importlib
