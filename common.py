@@ -166,7 +166,7 @@ def _plain(part):
 
 
 def load(path, script, part):
-    """Read a .pt file of `script` (None: any) that holds `part`, onto the CPU. No code in it is run. Raises BadInput."""
+    """Read a .pt file of `script` (None: any) that holds `part`, onto the CPU. No code in it runs. Raises BadInput."""
     if not Path(path).is_file():
         raise BadInput(f"there is no file {path}" + (f"; train first: python {script}.py" if script else ""))
     try:

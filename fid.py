@@ -193,7 +193,7 @@ def classifier_features(train, test, data_dir, device):
             nn.Flatten(), nn.Linear(64 * (-(-size // 4))**2, 128), nn.ReLU(),
             nn.Linear(128, len(train.class_names))).to(device)
         if path.is_file():
-            saved = common.load(path, "fid")
+            saved = common.load(path, "fid", "network")
         elif len(train.class_names) < 2:
             raise BadInput(f"{train.name} has no labels to train a classifier on; measure with --features inception")
         else:
@@ -265,7 +265,7 @@ def of_generator(name, count, generate):
 
 def of_weights(path, count, seed, device):
     """A weights file as a source: its generator, rebuilt by the load_generator of the script that wrote it."""
-    weights = common.load(path)
+    weights = common.load(path, None, "model_kwargs")
     script, kwargs, own = weights["script"], weights["model_kwargs"], Path(__file__).parent.glob("*.py")
     module = importlib.import_module(script) if script in [path.stem for path in own] else None
     load = getattr(module, "load_generator", None)
@@ -317,7 +317,7 @@ def measure(source, features, count, batch_size):
     stem = re.sub(r"[^\w.]+", "_", f"{Path(source.name).name} {len(made.index)} {source.digest} {made.label}")
     path = source.folder and source.folder / f"{stem}.pt"
     if path and path.is_file():
-        vars(made).update(common.load(path, "fid"))
+        vars(made).update(common.load(path, "fid", "mu"))
     else:
         for part in tqdm(made.index.split(batch_size), source.name, leave=False, disable=not sys.stderr.isatty()):
             images, labels = source.read(part)

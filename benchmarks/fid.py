@@ -66,7 +66,7 @@ def inception(folder, batch=8, repeat=5):
     with torch.inference_mode():
         wanted, got = theirs(images / 255)[0].flatten(1), ours.see(images)
         seconds = fastest(lambda: theirs(images / 255), lambda: ours.see(images), repeat=repeat)
-    print(f"Inception at batch {batch}: pytorch-fid {batch / seconds[0]:.1f} images/s, fid.py {batch / seconds[1]:.1f}; "
+    print(f"Inception, batch {batch}: pytorch-fid {batch / seconds[0]:.1f} images/s, fid.py {batch / seconds[1]:.1f}; "
           f"ratio {seconds[0] / seconds[1]:.2f}; relative difference "
           f"{((got - wanted).norm() / wanted.norm()).item():.1e}", flush=True)
 
