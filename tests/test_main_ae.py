@@ -133,17 +133,14 @@ def test_train_and_test_losses_agree_on_the_same_images(trainer):
     assert mean[1] - around_mu > 10 * spread[1], "z is sampled in both"
 
 
-def test_linear_schedule_and_learning_rate(tiny, monkeypatch):
-    rates = []
-    step = main_ae.Trainer.step
-    monkeypatch.setattr(main_ae.Trainer, "step", lambda self, x: rates.append(self.lr_now.item()) or step(self, x))
-    trainer = main_ae.main(*tiny(main_ae, num_epochs=4, **{**SMALL, "batch_size": 4500}, beta=2.0, lr_half_life=2.0,
+def test_linear_schedule(tiny):
+    trainer = main_ae.main(*tiny(main_ae, num_epochs=4, **{**SMALL, "batch_size": 4500}, beta=2.0,
                                  beta_schedule="linear", beta_epochs=2))
     assert trainer.run.history["beta"] == [0, 1, 2, 2]
-    assert rates == pytest.approx([0.001 * 2**-half for half in (0, 0.5, 1, 1.5)])
 
 
-@pytest.mark.parametrize("overrides", [dict(model_type="ae"), dict(image_channels=1, latent_dim=2, precision="bfloat16")])
+@pytest.mark.parametrize("overrides", [dict(model_type="ae"),
+                                       dict(image_channels=1, latent_dim=2, precision="bfloat16")])
 def test_a_short_run_writes_the_promised_files_and_learns(overrides, tiny, tmp_path):
     trainer = main_ae.main(*tiny(main_ae, num_epochs=3, sample_every=2,
                                  lr=0.003, **{**SMALL, "batch_size": 50, "image_size": 16, **overrides}))
@@ -160,7 +157,8 @@ def test_a_short_run_writes_the_promised_files_and_learns(overrides, tiny, tmp_p
     assert history["test reconstruction"][2] < blind, "better than the mean of all images"
     assert history["test reconstruction"][0] > history["test reconstruction"][2]
     encoder, decoder = main_ae.load_model(tmp_path / "out" / "weights_epoch_3.pt")
-    assert torch.allclose(decoder.sample(encoder(images)[0]), trainer.decoder.sample(trainer.encoder(images)[0]), atol=1e-5)
+    rebuilt = trainer.decoder.sample(trainer.encoder(images)[0])
+    assert torch.allclose(decoder.sample(encoder(images)[0]), rebuilt, atol=1e-5)
     assert not encoder.training and not decoder.training
 
 
