@@ -4,7 +4,7 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.
         Burgess et al. 2018, Understanding disentangling in beta-VAE, https://arxiv.org/abs/1804.03599
 run:    python main_ae.py                           (any key below is an option: --model_type ae --latent_dim 128)
         python main_ae.py --experiment latent_sizes (or betas, or schedule: several settings, compared)
-        python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
+        python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2 --output_dir mnist_AE
 writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         latent_space_epoch_{E}.png (if latent_dim is 2), history.csv, weights_epoch_{E}.pt (for sampling),
         checkpoint.pt (the same command continues from it); an experiment: a folder of these for every
@@ -141,9 +141,8 @@ class Trainer:
         self.run, self.train, self.test, self.bfloat16 = run, train, test, precision == "bfloat16"
         self.target_beta, self.beta_epochs = beta, beta_epochs if beta_schedule == "linear" else 0
         # channels last: the pixels' channels lie side by side in memory, which makes a step on a CPU 1.3 times as fast
-        place = dict(device=run.device, memory_format=torch.channels_last)
-        self.encoder = Encoder(**run.model_kwargs).to(**place)
-        self.decoder = Decoder(**run.model_kwargs).to(**place)
+        self.encoder = Encoder(**run.model_kwargs).to(run.device, memory_format=torch.channels_last)
+        self.decoder = Decoder(**run.model_kwargs).to(run.device, memory_format=torch.channels_last)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)  # fused: one call for all tensors
         self.beta = torch.zeros((), device=run.device)  # on the device, so that it can change in a captured step
@@ -216,8 +215,7 @@ def save_latent_space(encoder, decoder, test, path, side=20):
     low, high = mu.quantile(torch.tensor([0.01, 0.99], device=mu.device), dim=0)  # a few outliers stay outside
     middles = (torch.arange(side, device=mu.device) + 0.5) / side  # of the pictures, as fractions of the axes
     z = low + torch.cartesian_prod(middles.flip(0), middles).flip(1) * (high - low)  # a picture's first row is its top
-    images = decoder.sample(z)  # (side * side, C, H, W)
-    images = images / 2 + 0.5 if images.shape[1] == 3 else images
+    images = decoder.sample(z) / 2 + 0.5 if test.normalize else decoder.sample(z)  # (side * side, C, H, W) in [0, 1]
     grid = images.unflatten(0, (side, side)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows, columns, C)
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
