@@ -190,15 +190,15 @@ class Trainer:
 
     def draw(self, epoch):
         """This epoch's pictures: reconstructions, samples, curves, and the latent space where it is a plane."""
-        run, x = self.run, self.fixed_images
-        low = -1 if x.shape[1] == 3 else 0
+        run, x, low = self.run, self.fixed_images, -1 if self.train.normalize else 0
         with torch.no_grad():
             rebuilt = self.decoder.sample(self.encoder(x)[0])  # from mu, the best guess: noise would only blur it
         pairs = torch.stack([x, rebuilt], dim=1).flatten(0, 1)  # original, reconstruction, original, ...
         common.save_grid(pairs, run.folder / f"reconstruction_epoch_{epoch}.png", columns=12, low=low)
         # an autoencoder's are noise of a kind: nothing has taught its decoder what to make of z ~ N(0, I)
         common.save_grid(self.decoder.sample(self.fixed_z), run.folder / f"generated_image_epoch_{epoch}.png", 7, low)
-        panels = {f"{name} (per image)": [name, f"test {name}"] for name in ("reconstruction", "KL", "loss")}
+        names = ["reconstruction", "KL", "loss"] if self.encoder.fc_logvar else ["reconstruction"]
+        panels = {f"{name} (per image)": [name, f"test {name}"] for name in names}
         common.save_curves(run.history, panels, f"main_ae ({run.model_kwargs['model_type']}) on {self.train.name}",
                            run.folder / f"train_loss_curve_{epoch}.png")
         if run.model_kwargs["latent_dim"] == 2:
