@@ -25,7 +25,7 @@ model_kwargs = {
 }
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | cifar10 | folder | digits; all in grey; digits is the bundled sample of MNIST
-    "batch_size": 128,  # >= 1; images a step; 16 learns more a step and far less a second
+    "batch_size": 128,  # >= 1; images a step; Adam rewrites every weight once a step, which makes 16 slow
     "shuffle": True,  # a new order every epoch
     "normalize": False,  # pixels in [0, 1], as the likelihood needs them; true ([-1, 1]) is refused
     "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
