@@ -213,9 +213,10 @@ def save_curves(history, panels, title, path):
     figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
     for axes, (label, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for column in columns:  # a dashed line is the test split's
-            axes.plot(history["epoch"], history[column], "--" if column.startswith("test") else "-", label=column,
-                      marker="o" if len(history["epoch"]) < 20 else None, markersize=3)
-        axes.set(xlabel="epoch", ylabel=label)
+            points = [(x, y) for x, y in zip(history["epoch"], history[column]) if y == y]  # nan: not measured
+            axes.plot(*(zip(*points) if points else ((), ())), "--" if column.startswith("test") else "-", label=column,
+                      marker="o" if len(points) < 20 else None, markersize=3)
+        axes.set(xlabel="epoch", ylabel=label, xlim=(0, history["epoch"][-1] + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import common
 import datasets
+import fid
 
 model_kwargs = {
     "latent_dim": 100,  # >= 1; entries of the latent vector z ~ N(0, I)
@@ -34,6 +35,8 @@ trainer_kwargs = {
     "discriminator_lr": 0.0002,  # > 0; Adam's learning rate, the paper's
     "ema_decay": 0.999,  # in [0, 1); pictures and weights show G averaged over about 1000 steps; 0 is G itself
     "output_dir": "cifar10_GAN",  # everything is written there
+    "score_every": 0,  # >= 0; epochs between Frechet distances of 10,000 samples to the training images; 0 is never
+    "score_features": "classifier",  # inception | classifier; see fid.py: only with inception is it the FID
     "sample_every": 50,  # >= 1; epochs between pictures; one also after the first epoch and the last
     "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
@@ -116,8 +119,8 @@ def generator_loss(fake_logits):
 class Trainer:
     """Both networks, the averaged generator, the optimisers, and the training loop."""
 
-    def __init__(self, run, train, generator_lr, discriminator_lr, ema_decay):
-        self.run, self.train, self.ema_decay = run, train, ema_decay
+    def __init__(self, run, train, score, generator_lr, discriminator_lr, ema_decay, score_every):
+        self.run, self.train, self.score, self.ema_decay, self.score_every = run, train, score, ema_decay, score_every
         kwargs, device = run.model_kwargs, run.device
         self.latent_dim = kwargs["latent_dim"]
         self.generator = Generator(**kwargs).to(device)
@@ -173,6 +176,10 @@ class Trainer:
         """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1] of the averaged generator, in eval mode."""
         return self.ema_generator(z)
 
+    def draw(self, count):
+        """count new images, (count, C, H, W) in [-1, 1]."""
+        return self.sample(torch.randn(count, self.latent_dim, device=self.run.device))
+
     def fit(self):
         """Train to num_epochs, continuing from a checkpoint if there is one."""
         run = self.run
@@ -184,13 +191,19 @@ class Trainer:
                 run.log(self.step(images))
             samples = self.sample(self.fixed_z)
             # 1 is as varied as the data; towards 0 the samples become all alike: mode collapse
-            run.end_epoch(diversity=common.mean_distance(samples) / self.real_distance)
+            measured = {"diversity": common.mean_distance(samples) / self.real_distance}
+            if self.score:  # nan, not drawn, in the epochs between
+                measured[self.score.name] = self.score(self.draw) if epoch % self.score_every == 0 else float("nan")
+            run.end_epoch(**measured)
             if run.sampling:
                 common.save_grid(samples[:64], run.folder / f"generated_image_epoch_{epoch}.png", columns=8)
-                common.save_curves(run.history, {"loss (nats)": ["discriminator loss", "generator loss"],
-                                                 "probability of being real": ["D(x)", "D(G(z))"],
-                                                 "mean distance, real images = 1": ["diversity"]},
-                                   f"main_dcgan on {self.train.name}", run.folder / f"train_loss_curve_{epoch}.png")
+                panels = {"loss (nats)": ["discriminator loss", "generator loss"],
+                          "probability of being real": ["D(x)", "D(G(z))"],
+                          "mean distance, real images = 1": ["diversity"]}
+                if self.score:
+                    panels[f"{self.score.name} (N {self.score.n:,})"] = [self.score.name]
+                common.save_curves(run.history, panels, f"main_dcgan on {self.train.name}",
+                                   run.folder / f"train_loss_curve_{epoch}.png")
                 run.save_weights(generator=self.ema_generator)
 
 
@@ -209,8 +222,11 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     size = dataset_kwargs["image_size"] or {"mnist": 28, "digits": 28}.get(kind, 32)
     channels = 1 if kind == "mnist" else model_kwargs["image_channels"]
     run.model_kwargs.update(image_channels=channels, image_size=size)  # sampling rebuilds the networks from these
-    train, _ = datasets.load_data(**{**dataset_kwargs, "image_size": size}, channels=channels, device=run.device)
-    trainer = Trainer(run, train, **run.trainer_kwargs)
+    train, test = datasets.load_data(**{**dataset_kwargs, "image_size": size}, channels=channels, device=run.device)
+    features, score = run.trainer_kwargs.pop("score_features"), None
+    if trainer_kwargs["score_every"]:
+        score = fid.Scorer(train, test, 10000, features, dataset_kwargs["data_dir"])
+    trainer = Trainer(run, train, score, **run.trainer_kwargs)
     trainer.fit()
     return trainer
 

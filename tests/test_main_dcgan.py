@@ -107,6 +107,19 @@ def test_continued_run_equals_an_uninterrupted_one(tiny, tmp_path):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes(), name
 
 
+def test_distances_are_logged_every_few_epochs_and_change_nothing_else(tiny, tmp_path, monkeypatch):
+    import fid
+
+    monkeypatch.setattr(fid, "CLASSIFIER_STEPS", 10)
+    plain = main_dcgan.main(*tiny(main_dcgan, output_dir=str(tmp_path / "plain"), **SMALL))
+    scored = main_dcgan.main(*tiny(main_dcgan, output_dir=str(tmp_path / "scored"), score_every=2, **SMALL))
+    first, second = scored.run.history["classifier distance"]
+    assert first != first and second > scored.score.floor > 0  # nan where it is not measured
+    assert flat(plain.generator).equal(flat(scored.generator)), "the random numbers of training are left as they were"
+    assert (tmp_path / "plain" / "weights_epoch_2.pt").read_bytes() \
+        == (tmp_path / "scored" / "weights_epoch_2.pt").read_bytes()
+
+
 @pytest.mark.parametrize("dataset_type, channels, size", [("mnist", 1, 28), ("cifar10", 3, 32), ("digits", 3, 28)])
 def test_size_and_channels_follow_the_data(dataset_type, channels, size, tiny, monkeypatch, capsys):
     import datasets
