@@ -20,7 +20,7 @@ import datasets
 
 model_kwargs = {
     "hidden_size": 1024,  # >= 1; width of the two hidden layers of encoder and decoder
-    "latent_dim": 32,  # >= 1; entries of z; about 25 come into use, and the idle ones are noise that slows the decoder
+    "latent_dim": 32,  # >= 1; entries of z; 23 come into use, and the idle ones are noise that slows the decoder
     "image_size": 784,  # >= 1; pixels of a flattened grey image, a square number: 784 is 28 x 28
 }
 dataset_kwargs = {

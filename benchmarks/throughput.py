@@ -22,7 +22,6 @@ from torch import nn
 from torchvision import transforms
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import datasets
 import main_dcgan
 import main_gan
 
