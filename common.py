@@ -342,7 +342,8 @@ class Run:
         """Add a row to the history: the epoch's means of what was logged, and `extra` numbers (_ reads as a blank)."""
         rows = self._look()
         if not all(p.isfinite().all() for network in self._networks() for p in network.parameters()):
-            raise FloatingPointError(f"weights are no longer finite after epoch {self.epoch}; {self._last_good()}")
+            raise FloatingPointError(f"weights are no longer finite after epoch {self.epoch}; {self._last_good()}; "
+                                     "try a lower learning rate")
         sizes = torch.full((len(rows), 1), self.train.batch_size, dtype=torch.float64)
         sizes[-1] = len(self.train) - self.train.batch_size * (len(rows) - 1)
         means = ((rows.double() * sizes).sum(0) / len(self.train)).tolist()
@@ -371,14 +372,14 @@ class Run:
 
     def _last_good(self):
         return (f"{self.folder}/checkpoint.pt still holds epoch {self.epoch - 1}" if self.epoch > 1
-                else "no epoch was finished") + "; try a lower learning rate"
+                else "no epoch was finished")
 
     def _look(self):
         """Read the epoch's losses so far; stop at the first that is not finite."""
         rows = self.rows[:self.step].cpu()
         for step, column in (~rows.isfinite()).nonzero().tolist()[:1]:
             raise FloatingPointError(f"{self.names[column]} became {rows[step, column].item()} at epoch {self.epoch}, "
-                                     f"step {step + 1}; {self._last_good()}")
+                                     f"step {step + 1}; {self._last_good()}; try a lower learning rate")
         if self.bar:
             self.bar.set_description(f"epoch {self.epoch}/{self.num_epochs}", refresh=False)
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}, False)
