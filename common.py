@@ -4,6 +4,7 @@ Nothing about a model is in here: no network, no loss, no optimiser step. A scri
 """
 import argparse
 import ast
+import contextlib
 import csv
 import difflib
 import io
@@ -22,12 +23,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import distributed
 from torch.nn import functional as F
 
 # matplotlib, Pillow and tqdm are imported where they are used: --help and the first step need none of them.
 
 REFRESH_SECONDS = 1.0  # between two looks at the losses; each look makes the host wait for the device once
-FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "device", "resume", "allow_fallback"}  # when continuing
+FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "device", "resume", "allow_fallback",
+                  "cuda_graph"}  # when continuing
+RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+AGREE_STEPS = 16  # of several processes: between two looks at whether one was told to stop
 
 
 class BadInput(ValueError):
@@ -104,11 +109,15 @@ def run(main, *dicts):
         sys.exit(say(f"{script.name}: {error}", 1))
     except KeyboardInterrupt as error:
         sys.exit(say(f"{script.name}: {str(error) or 'interrupted'}", 130))
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
 
 
 def say(line, status=None):
-    """Print one line on stderr; returns `status`."""
-    print(" ".join(line.split()), file=sys.stderr, flush=True)
+    """Print one line on stderr, in the first process only; returns `status`."""
+    if RANK == 0:
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
     return status
 
 
@@ -116,6 +125,8 @@ def choose_device(device):
     """`auto` is cuda, else mps, else cpu. Returns a torch.device; raises BadInput if this machine has none such."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device == "cuda" and PROCESSES > 1:
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU each
     try:
         torch.zeros(1, device=device)
         return torch.device(device)
@@ -130,11 +141,53 @@ def seed_everything(seed):
     torch.manual_seed(seed)
 
 
+# --------------------------------------------------------------------------------------------------- processes
+
+
+def join_processes(device):
+    """Under `torchrun --nproc_per_node=N SCRIPT.py`: make the N processes one group. Alone: nothing to do."""
+    if PROCESSES > 1 and not distributed.is_initialized():
+        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if RANK:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+
+
+@contextlib.contextmanager
+def first_process_first():
+    """The others wait until the first process has left this block: what it downloads or caches, they find."""
+    if PROCESSES > 1 and RANK:
+        distributed.barrier()
+    yield
+    if PROCESSES > 1 and not RANK:
+        distributed.barrier()
+
+
+def average(tensors):
+    """Replace each tensor by its mean over the processes, all in one message. Alone: nothing to do."""
+    if PROCESSES > 1 and tensors:
+        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+        distributed.all_reduce(flat)
+        flat /= PROCESSES
+        with torch.no_grad():
+            for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+                tensor.copy_(mean.view_as(tensor))
+
+
+def average_gradients(optimizer):
+    """Between backward and step: every process takes the same step, that of the mean over all their batches."""
+    average([p.grad for group in optimizer.param_groups for p in group["params"]])
+
+
 # ------------------------------------------------------------------------------------------------------- files
 
 
 def write(path, data):
-    """Write bytes under a temporary name, then rename: `path` holds the old bytes or the new ones, never half."""
+    """Write bytes under a temporary name, then rename: `path` holds the old bytes or the new ones, never half.
+
+    Of several processes only the first writes.
+    """
+    if RANK:
+        return
     path, part = Path(path), Path(f"{path}.part")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)  # a folder tidied away during a run costs no epoch
@@ -248,19 +301,23 @@ class Run:
     """
 
     def __init__(self, script, model_kwargs, dataset_kwargs, *, num_epochs, output_dir, sample_every, seed, device,
-                 num_threads, resume, **trainer_kwargs):
+                 num_threads, resume, cuda_graph, **trainer_kwargs):
         self.settings = {**model_kwargs, **dataset_kwargs, **trainer_kwargs, "num_epochs": num_epochs,
                          "output_dir": output_dir, "sample_every": sample_every, "seed": seed, "device": device,
-                         "num_threads": num_threads, "resume": resume}
+                         "num_threads": num_threads, "resume": resume, "cuda_graph": cuda_graph}
         check(script, self.settings)
+        if PROCESSES > 1:
+            self.settings["processes"] = PROCESSES
         self.script, self.model_kwargs, self.trainer_kwargs = Path(script).stem, dict(model_kwargs), trainer_kwargs
         self.num_epochs, self.sample_every, self.seed, self.folder = num_epochs, sample_every, seed, Path(output_dir)
+        self.cuda_graph = cuda_graph
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
         except OSError as error:
             raise BadInput(f"output_dir {output_dir} cannot be written: {error.strerror}")
         self.device = choose_device(device)
+        join_processes(self.device)
         if num_threads:
             torch.set_num_threads(min(num_threads, os.cpu_count()))
         self.epoch = self.start = self.stopped_by = 0
@@ -283,18 +340,22 @@ class Run:
     def epochs(self, train, state):
         """Yield the epochs (from 1) that are still to be trained on `train`, an Images."""
         self.train, self.state, self.names, self.rows = train, state, [], None
+        self.sizes = [len(index) for index in train.order(self.seed, 0)]  # images a step, of this process
+        self.buffers = [b for network in self._networks() for b in network.buffers() if b.is_floating_point()]
         if self.checkpoint:
             self._restore(self.checkpoint)
+        elif RANK:  # every process began with the same weights; from here on each draws noise of its own
+            torch.manual_seed(self.seed + 1_000_003 * RANK)
         if self.epoch >= self.num_epochs:
             print(f"{self.folder}: {self.epoch} epochs are trained already; more with --num_epochs", flush=True)
         weights = sum(t.numel() * t.element_size() for network in self._networks() for t in network.parameters())
         need, free = 8 * weights, shutil.disk_usage(self.folder).free  # weights, two moments and the rest, old and new
         if need > free:
             raise BadInput(f"{self.folder} has {free / 2**20:.0f} MiB free; checkpoints need {need / 2**20:.0f} MiB")
-        if self.path.is_file() and not self.checkpoint:
+        if self.path.is_file() and not self.checkpoint and not RANK:
             os.replace(self.path, self.folder / "checkpoint_before.pt")  # starting over loses nothing either
         self.bar = None
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and not RANK:
             from tqdm import tqdm
 
             self.bar = tqdm(total=self.num_epochs * len(train), initial=self.epoch * len(train), unit=" images",
@@ -309,7 +370,8 @@ class Run:
                 self._write_history()
                 self._save(self.epoch, step=0)
                 self.start = 0
-                self._give_way()
+                if PROCESSES == 1:
+                    self._give_way()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -322,8 +384,10 @@ class Run:
         looked = self.begun
         for index in self.train.order(self.seed, self.epoch)[self.start:]:
             yield self.train.batch(index)
+            if PROCESSES > 1:
+                self._stay_alike()
             self.step += 1
-            if self.stopped_by:
+            if self.stopped_by if PROCESSES == 1 else self.all_stop:
                 self._look()
                 self._save(self.epoch - 1, self.step)
                 self._give_way()
@@ -331,10 +395,30 @@ class Run:
                 self._look()
                 looked = time.monotonic()
 
+    def _stay_alike(self):
+        """After a step: give all processes the same losses and batch norm statistics, and tell who was told to stop.
+
+        Within the step each process normalises with its own batch.
+        """
+        told = torch.tensor([float(self.stopped_by > 0)], device=self.device)
+        average([*self.buffers, self.rows[self.step], told])
+        # a look makes the host wait for the device; and all processes have to stop at the same step
+        self.all_stop = self.step % AGREE_STEPS == 0 and told.item() > 0
+        self.stopped_by = self.stopped_by or self.all_stop * signal.SIGTERM
+
+    def fast_step(self, step):
+        """`step`, or on an NVIDIA GPU (with cuda_graph) the same step replayed as one CUDA graph."""
+        if self.device.type != "cuda" or not self.cuda_graph:
+            return step
+        if PROCESSES > 1:
+            say("several processes: steps are not recorded as a CUDA graph")
+            return step
+        return _Graph(step, self)
+
     def log(self, values):
         """Keep one step's scalars, {name in words: tensor}, on the device: nothing waits for them."""
         if self.rows is None:
-            self.names, self.rows = list(values), torch.zeros(self._steps(), len(values), device=self.device)
+            self.names, self.rows = list(values), torch.zeros(len(self.sizes), len(values), device=self.device)
         with torch.no_grad():
             torch.stack(tuple(values.values()), out=self.rows[self.step])
 
@@ -344,18 +428,17 @@ class Run:
         if not all(p.isfinite().all() for network in self._networks() for p in network.parameters()):
             raise FloatingPointError(f"weights are no longer finite after epoch {self.epoch}; {self._last_good()}; "
                                      "try a lower learning rate")
-        sizes = torch.full((len(rows), 1), self.train.batch_size, dtype=torch.float64)
-        sizes[-1] = len(self.train) - self.train.batch_size * (len(rows) - 1)
-        means = ((rows.double() * sizes).sum(0) / len(self.train)).tolist()
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)
+        means = (sizes @ rows.double() / sizes.sum()).tolist()
         row = {"epoch": self.epoch, "data": self.train.name, **dict(zip(self.names, means)),
                **{name.replace("_", " "): value for name, value in extra.items()}}
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         if not self.bar:
             each = (time.monotonic() - self.begun) / max(1, self.step - self.start)  # seconds a step
-            left = round((self.num_epochs - self.epoch) * self._steps() * each)
+            left = round((self.num_epochs - self.epoch) * len(self.sizes) * each)
             numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
-            print(f"epoch {self.epoch}/{self.num_epochs}  {numbers}  {self.train.batch_size / each:,.0f} images/s  "
+            print(f"epoch {self.epoch}/{self.num_epochs}  {numbers}  {PROCESSES * self.sizes[0] / each:,.0f} images/s  "
                   f"{left // 60}:{left % 60:02d} min left", flush=True)
 
     def save_weights(self, **networks):
@@ -366,9 +449,6 @@ class Run:
 
     def _networks(self):
         return [part for part in self.state.values() if isinstance(part, torch.nn.Module)]
-
-    def _steps(self):
-        return math.ceil(len(self.train) / self.train.batch_size)
 
     def _last_good(self):
         return (f"{self.folder}/checkpoint.pt still holds epoch {self.epoch - 1}" if self.epoch > 1
@@ -383,7 +463,7 @@ class Run:
         if self.bar:
             self.bar.set_description(f"epoch {self.epoch}/{self.num_epochs}", refresh=False)
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}, False)
-            done = min(self.step * self.train.batch_size, len(self.train))
+            done = PROCESSES * sum(self.sizes[:self.step])
             self.bar.update((self.epoch - 1) * len(self.train) + done - self.bar.n)
         return rows
 
@@ -401,10 +481,14 @@ class Run:
             rng["cuda"] = torch.cuda.get_rng_state(self.device)
         elif self.device.type == "mps":
             rng["mps"] = torch.mps.get_rng_state()
+        rngs = [rng]
+        if PROCESSES > 1:
+            rngs = [None] * PROCESSES
+            distributed.all_gather_object(rngs, rng)
         save(self.path,
              {"script": self.script, "model_kwargs": self.model_kwargs, "settings": self.settings,
               "data": self.train.name, "epoch": epoch, "step": step, "names": self.names,
-              "rows": self.rows[:step].clone(), "history": self.history, "rng": rng,
+              "rows": self.rows[:step].clone(), "history": self.history, "rng": rngs,
               "state": {name: part.state_dict() for name, part in self.state.items()}})
 
     def _restore(self, old):
@@ -412,18 +496,19 @@ class Run:
         for name, part in self.state.items():
             part.load_state_dict(old["state"][name])
         self.epoch, self.start, self.history, self.names = old["epoch"], old["step"], old["history"], old["names"]
-        self.rows = torch.zeros(self._steps(), len(self.names), device=self.device)
+        self.rows = torch.zeros(len(self.sizes), len(self.names), device=self.device)
         self.rows[:self.start] = old["rows"]
-        torch.set_rng_state(old["rng"]["torch"])
-        np.random.set_state(tuple(old["rng"]["numpy"]))
-        random.setstate(old["rng"]["python"])
-        if self.device.type == "cuda" and "cuda" in old["rng"]:
-            torch.cuda.set_rng_state(old["rng"]["cuda"], self.device)
-        elif self.device.type == "mps" and "mps" in old["rng"]:
-            torch.mps.set_rng_state(old["rng"]["mps"])
+        rng = old["rng"][RANK]
+        torch.set_rng_state(rng["torch"])
+        np.random.set_state(tuple(rng["numpy"]))
+        random.setstate(rng["python"])
+        if self.device.type == "cuda" and "cuda" in rng:
+            torch.cuda.set_rng_state(rng["cuda"], self.device)
+        elif self.device.type == "mps" and "mps" in rng:
+            torch.mps.set_rng_state(rng["mps"])
 
     def _stop(self, number, frame):
-        if self.stopped_by:
+        if self.stopped_by and PROCESSES == 1:  # torchrun signals twice by itself
             raise KeyboardInterrupt(f"stopped at once; {self._last_good()}")
         self.stopped_by = number  # the step under way is finished first
 
@@ -432,3 +517,48 @@ class Run:
             sys.exit(say(f"{self.script}.py: stopped and saved; run the same command again to continue", 143))
         if self.stopped_by:
             raise KeyboardInterrupt("stopped and saved; run the same command again to continue")
+
+
+class _Graph:
+    """A training step as one CUDA graph: its hundreds of small kernels are recorded once, then launched in one go.
+
+    https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. The first three steps run as they are, on a stream of
+    their own, and count: they are the warm-up that recording asks for. Batches of another shape (an epoch's last) run
+    as they are too. Noise advances as without the graph. The tensors that come back are overwritten by the next step.
+    """
+
+    def __init__(self, step, run):
+        self.step, self.run, self.warm_up, self.graph, self.inputs = step, run, 3, None, None
+
+    def __call__(self, *inputs):
+        if self.warm_up:
+            self.warm_up -= 1
+            for part in self.run.state.values():
+                for group in getattr(part, "param_groups", ()):
+                    group["capturable"] = True  # the optimiser then counts its steps on the device
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                values = self.step(*inputs)
+            torch.cuda.current_stream().wait_stream(stream)
+            return values
+        if self.inputs is None:
+            self._record(inputs)
+        if self.graph is None or [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+            return self.step(*inputs)
+        for static, now in zip(self.inputs, inputs):
+            static.copy_(now)
+        self.graph.replay()
+        return self.values
+
+    def _record(self, inputs):
+        self.inputs = [x.clone() for x in inputs]
+        for network in self.run._networks():
+            network.zero_grad(set_to_none=True)  # gradients are then made anew, in the graph's own memory
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):  # nothing is computed here, only written down
+                self.values = self.step(*self.inputs)
+            self.graph = graph
+        except RuntimeError as error:
+            say(f"this step cannot be recorded as a CUDA graph and runs as it is: {error}")

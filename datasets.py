@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import BadInput, say, write
+from common import PROCESSES, RANK, BadInput, first_process_first, say, write
 
 STALL_SECONDS = 15  # a download that grows by no byte for so long is given up
 PLACES = {"mnist": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
@@ -40,11 +40,16 @@ class Images:
         return len(self.pixels)
 
     def order(self, seed, epoch):
-        """Indices of every batch of an epoch; a function of seed and epoch alone, so that a run can be continued."""
+        """Indices of every batch of an epoch; a function of seed and epoch alone, so that a run can be continued.
+
+        Of N processes each gets a batch of its own out of the same N * batch_size images; what an epoch's end cannot
+        share out evenly, at most N - 1 images, is left for another epoch.
+        """
         index = torch.arange(len(self))
         if self.shuffle:
             index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
-        return index.to(self.pixels.device).split(self.batch_size)
+        index = index[:len(index) // PROCESSES * PROCESSES].to(self.pixels.device)
+        return [part.chunk(PROCESSES)[RANK] for part in index.split(self.batch_size * PROCESSES)]
 
     def batch(self, index):
         """index (N,) -> images (N, C, H, W) float32, labels (N,)."""
@@ -56,6 +61,7 @@ class Images:
         return images, self.labels.index_select(0, index)
 
 
+@first_process_first()  # what it downloads or caches, the other processes find
 def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image_size, channels, device,
               normalize=True, horizontal_flip=False, num_classes=None):
     """Load `dataset_type` as (train, test), two `Images` of image_size x image_size pixels and 1 or 3 channels.

@@ -47,6 +47,7 @@ trainer_kwargs = {
     "seed": 0,  # >= 0; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
+    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
 EXPERIMENTS = dict(  # the settings of each; everything else is as the dicts or the command line say
@@ -163,6 +164,7 @@ class Trainer:
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
+        common.average_gradients(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)  # of some 400 to 500 for a sum over pixels
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
@@ -178,11 +180,12 @@ class Trainer:
         """Train to num_epochs, continuing from a checkpoint if there is one."""
         run = self.run
         state = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self.optimizer}
+        step = run.fast_step(self.step)
         for epoch in run.epochs(self.train, state):
             # epochs count from 1 here, and from 0 in the source of the schedule: 0 to 0.95 beta in 20 epochs
             self.beta.fill_(self.target_beta * (min(1, (epoch - 1) / self.beta_epochs) if self.beta_epochs else 1))
             for images, _ in run.batches():
-                run.log(self.step(images))
+                run.log(step(images))
             run.end_epoch(**self.evaluate(), beta=self.beta.item())
             if run.sampling:  # after epochs 5, 10, 15 and 20, which are 4, 9, 14 and 19 counted from 0
                 self.draw(epoch)

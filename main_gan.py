@@ -40,6 +40,7 @@ trainer_kwargs = {
     "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 1,  # >= 0; CPU threads; layers this small gain little from a second; 0 is torch's own choice
+    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
 
@@ -132,12 +133,14 @@ class Trainer:
         d_loss = discriminator_loss(real_logits, fake_logits, *self.labels)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
+        common.average_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
         # G is judged by the D that has just learnt; `inputs` spares the gradients of D's weights
         g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
+        common.average_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
 
         d_real, d_fake = logits.detach().sigmoid().chunk(2)
@@ -158,9 +161,10 @@ class Trainer:
         state = {"generator": self.generator, "discriminator": self.discriminator,
                  "generator_optimizer": self.generator_optimizer,
                  "discriminator_optimizer": self.discriminator_optimizer}
+        step = run.fast_step(self.step)
         for epoch in run.epochs(self.train, state):
             for images, _ in run.batches():
-                run.log(self.step(images.flatten(1)))
+                run.log(step(images.flatten(1)))
             samples = self.sample(self.fixed_z)
             # 1 is as varied as the data; towards 0 the samples become all alike: mode collapse
             run.end_epoch(diversity=common.mean_distance(samples) / self.real_distance)

@@ -42,6 +42,7 @@ trainer_kwargs = {
     "seed": 0,  # >= 0; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores
+    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
 
@@ -164,6 +165,7 @@ class Trainer:
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
+        common.average_gradients(self.optimizer)
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
 
@@ -197,10 +199,11 @@ class Trainer:
         """Train to num_epochs, continuing from a checkpoint if there is one."""
         run, shape = self.run, self.train.pixels.shape[1:]
         state = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self.optimizer}
+        step = run.fast_step(self.step)
         for epoch in run.epochs(self.train, state):
             self.optimizer.param_groups[0]["lr"] = self.lr_now.fill_(self.lr * 0.5 ** ((epoch - 1) / self.half_life))
             for images, _ in run.batches():
-                run.log(self.step(images.flatten(1)))
+                run.log(step(images.flatten(1)))
             run.end_epoch(**self.evaluate())
             if run.sampling:
                 samples = self.decoder.sample(self.fixed_z).unflatten(1, shape)
