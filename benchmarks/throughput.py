@@ -1,16 +1,20 @@
 """Training speed of the scripts beside the textbook loop and the bare step: same networks, batch, data, one run.
 
-run:    python benchmarks/throughput.py             (two minutes on two cores; on an otherwise idle machine)
-prints: milliseconds a step and ratios, medians over rounds in which the loops take turns
-        textbook  DataLoader, ToTensor, Normalize; D's loss runs back into G and G's loss into D's weights; plain
-                  Adam; losses read at every step; torch's own number of threads
-        careful   the same, but fakes are shared by both losses and detached for D's
+run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]      (on an otherwise idle machine; ten minutes, or one)
+prints: a table of medians over rounds in which the loops take turns, and writes it to throughput.json
+        textbook  DataLoader, ToTensor, Normalize; losses that also compute the gradients nobody uses; plain Adam;
+                  losses read at every step; torch's own number of threads
         script    the script's own loop: Run.batches, Trainer.step, Run.log, at its default number of threads
-        all       the same at torch's own number of threads
         bare      Trainer.step on one batch that is there already: the ceiling for any loader
-        batch     the script's share of a step that goes into its batch
+        batch     the share of a step that goes into its batch
+        memory    the most that a process of its own held while it trained one step
+        first     from the command to the end of the first step on the bundled digits, over the time of
+                  `python -c "import torch, torchvision"`; help: the same for --help
 """
+import json
+import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -19,129 +23,220 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 from torchvision import transforms
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+import main_ae
 import main_dcgan
 import main_gan
+import main_vae
+
+FIRST_STEP = """
+import os, resource, runpy, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import common
+def log(self, values):
+    [value.item() for value in values.values()]
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    sys.stdout.flush()
+    os._exit(0)
+common.Run.log = log
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
 
 
 class Pictures(torch.utils.data.Dataset):
     """Gives an image as torchvision's MNIST and CIFAR10 do: array to Pillow, then the transforms."""
 
-    def __init__(self, pixels):
-        self.arrays = pixels.permute(0, 2, 3, 1).squeeze(3).numpy()
-        half = (0.5,) * pixels.shape[1]
-        self.transform = transforms.Compose([transforms.ToTensor(), transforms.Normalize(half, half)])
+    def __init__(self, images):
+        self.arrays, self.labels = images.pixels.permute(0, 2, 3, 1).squeeze(3).numpy(), images.labels.tolist()
+        half = (0.5,) * images.pixels.shape[1]
+        normalize = [transforms.Normalize(half, half)] if images.normalize else []
+        self.transform = transforms.Compose([transforms.ToTensor(), *normalize])
 
     def __len__(self):
         return len(self.arrays)
 
     def __getitem__(self, index):
-        return self.transform(Image.fromarray(self.arrays[index])), 0
+        return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
 
 
-def textbook(trainer, latent, flatten, labels, careful):
-    """Yield after each step of the textbook loop; it trains the trainer's own networks."""
+def gan_step(trainer):
+    """The textbook's step of main_gan and main_dcgan: D's loss runs back into G, G's loss into D's weights."""
     g, d = trainer.generator, trainer.discriminator
-    g_adam = torch.optim.Adam(g.parameters(), lr=2e-4, betas=(0.5, 0.999))
-    d_adam = torch.optim.Adam(d.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    latent = getattr(trainer, "latent_size", 0) or trainer.latent_dim
+    real_label, fake_label = getattr(trainer, "labels", (1.0, 0.0))
+    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (g, d))
     bce = nn.BCEWithLogitsLoss()
-    loader = torch.utils.data.DataLoader(Pictures(trainer.train.pixels), trainer.train.batch_size, shuffle=True)
+
+    def step(real, labels):
+        fake = g(torch.randn(len(real), latent))
+        d_loss = (bce(d(real), torch.full((len(real),), real_label)) +
+                  bce(d(fake), torch.full((len(real),), fake_label)))
+        d_adam.zero_grad()
+        d_loss.backward()
+        d_adam.step()
+        g_loss = bce(d(g(torch.randn(len(real), latent))), torch.ones(len(real)))
+        g_adam.zero_grad()
+        g_loss.backward()
+        g_adam.step()
+        d_loss.item(), g_loss.item()
+
+    return step
+
+
+def vae_step(trainer):
+    """The textbook's step of main_vae and main_ae."""
+    encoder, decoder = trainer.encoder, trainer.decoder
+    parameters = [*encoder.parameters(), *decoder.parameters()]
+    adam = torch.optim.Adam(parameters, lr=1e-3)
+
+    def step(x, labels):
+        mu, logvar = encoder(x)
+        std = torch.exp(0.5 * logvar)
+        output = decoder(mu + std * torch.randn_like(std))
+        if x.ndim == 4 and x.shape[1] == 3:
+            reconstruction = F.mse_loss(output, x, reduction="sum") / len(x)
+        else:
+            reconstruction = F.binary_cross_entropy(torch.sigmoid(output), x, reduction="sum") / len(x)
+        kl = -0.5 * torch.sum(1 + logvar - mu.pow(2) - logvar.exp()) / len(x)
+        loss = reconstruction + kl
+        adam.zero_grad()
+        loss.backward()
+        if x.ndim == 4:
+            nn.utils.clip_grad_norm_(parameters, max_norm=1.0)
+        adam.step()
+        loss.item(), reconstruction.item(), kl.item()
+
+    return step
+
+
+# script: (the textbook's step, images are flattened, side, channels, copies of the digits that make up the real size,
+#          steps a round, settings other than the defaults)
+CASES = {
+    "main_gan": (main_gan, gan_step, True, 28, 1, 14, 200, {}),
+    "main_vae": (main_vae, vae_step, True, 28, 1, 14, 20, {}),
+    "main_vae, batch 16": (main_vae, vae_step, True, 28, 1, 14, 60, {"batch_size": 16}),
+    "main_dcgan": (main_dcgan, gan_step, False, 32, 3, 12, 8, {}),
+    "main_ae": (main_ae, vae_step, False, 32, 3, 12, 1, {}),
+}
+
+
+def build(module, side, channels, copies, settings, folder):
+    """A trainer at the script's defaults, on the bundled digits repeated to the size of the real data."""
+    dataset_kwargs = {**module.dataset_kwargs, "dataset_type": "digits", **settings}
+    if "image_size" in dataset_kwargs:
+        dataset_kwargs["image_size"] = side
+    trainer_kwargs = {**module.trainer_kwargs, "num_epochs": 0, "device": "cpu", "output_dir": folder}
+    trainer = module.main(module.model_kwargs, dataset_kwargs, trainer_kwargs)
+    assert trainer.train.pixels.shape[1:] == (channels, side, side)
+    trainer.train.pixels = trainer.train.pixels.repeat(copies, 1, 1, 1)
+    trainer.train.labels = trainer.train.labels.repeat(copies)
+    return trainer
+
+
+def textbook_loop(trainer, textbook, flatten):
+    """Yield after each step of the textbook loop; it trains the trainer's own networks."""
+    step = textbook(trainer)
+    loader = torch.utils.data.DataLoader(Pictures(trainer.train), trainer.train.batch_size, shuffle=True)
     while True:
-        for real, _ in loader:
-            real = real.flatten(1) if flatten else real
-            fake = g(torch.randn(len(real), latent))
-            real_target, fake_target = torch.full((len(real),), labels[0]), torch.full((len(real),), labels[1])
-            d_loss = bce(d(real), real_target) + bce(d(fake.detach() if careful else fake), fake_target)
-            d_adam.zero_grad()
-            d_loss.backward()
-            d_adam.step()
-            fake = fake if careful else g(torch.randn(len(real), latent))
-            g_loss = bce(d(fake), torch.ones(len(real)))
-            g_adam.zero_grad()
-            g_loss.backward()
-            g_adam.step()
-            d_loss.item(), g_loss.item()
+        for images, labels in loader:
+            step(images.flatten(1) if flatten else images, labels)
             yield
 
 
-def script(trainer, flatten):
+def script_loop(trainer, flatten):
     """Yield after each step of the script's own loop, without its pictures."""
     trainer.run.num_epochs = 10**6
-    for _ in trainer.run.epochs(trainer.train, {"generator": trainer.generator}):
+    for _ in trainer.run.epochs(trainer.train, {}):
         for images, _ in trainer.run.batches():
             trainer.run.log(trainer.step(images.flatten(1) if flatten else images))
             yield
 
 
-def bare(trainer, flatten):
+def bare_loop(trainer, flatten):
     images, _ = trainer.train.batch(torch.arange(trainer.train.batch_size))
     while True:
         trainer.step(images.flatten(1) if flatten else images)
         yield
 
 
-def batch(trainer):
+def batch_loop(trainer):
     while True:
         for index in trainer.train.order(0, 1):
             trainer.train.batch(index)
             yield
 
 
-def build(module, folder):
-    """A trainer at the script's defaults, on the bundled digits repeated to the size of the real data."""
-    size, channels, copies = {"main_gan": (28, 1, 14), "main_dcgan": (32, 3, 12)}[module.__name__]
-    dataset_kwargs = {**module.dataset_kwargs, "dataset_type": "digits"}
-    if "image_size" in dataset_kwargs:
-        dataset_kwargs["image_size"] = size
-    trainer_kwargs = {**module.trainer_kwargs, "num_epochs": 0, "device": "cpu", "output_dir": folder}
-    trainer = module.main(module.model_kwargs, dataset_kwargs, trainer_kwargs)
-    trainer.train.pixels = trainer.train.pixels.repeat(copies, 1, 1, 1)
-    trainer.train.labels = trainer.train.labels.repeat(copies)
-    return trainer
-
-
-def measure(module, steps, rounds):
-    flatten = module is main_gan
-    latent, labels = (64, (0.9, 0.1)) if flatten else (100, (1.0, 0.0))
+def measure(name, rounds):
+    """Milliseconds a step of each loop, medians over `rounds`, and medians of the ratios within a round."""
+    module, textbook, flatten, side, channels, copies, steps, settings = CASES[name]
     default_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         loops, threads = {}, {}
-        for name in ("textbook", "careful", "script", "all", "bare", "batch"):
+        for loop in ("textbook", "script", "bare", "batch"):
             torch.set_num_threads(default_threads)
-            trainer = build(module, f"{folder}/{name}")
-            loops[name] = {"textbook": lambda t: textbook(t, latent, flatten, labels, careful=False),
-                           "careful": lambda t: textbook(t, latent, flatten, labels, careful=True),
-                           "script": lambda t: script(t, flatten), "all": lambda t: script(t, flatten),
-                           "bare": lambda t: bare(t, flatten), "batch": batch}[name](trainer)
-            own = name in ("script", "bare", "batch")
-            threads[name] = torch.get_num_threads() if own else default_threads
-        times = {name: [] for name in loops}
+            trainer = build(module, side, channels, copies, settings, f"{folder}/{loop}")
+            loops[loop] = {"textbook": lambda t: textbook_loop(t, textbook, flatten),
+                           "script": lambda t: script_loop(t, flatten), "bare": lambda t: bare_loop(t, flatten),
+                           "batch": batch_loop}[loop](trainer)
+            threads[loop] = default_threads if loop == "textbook" else torch.get_num_threads()
+        times = {loop: [] for loop in loops}
         for number in range(rounds + 1):
-            for name, loop in loops.items():
-                torch.set_num_threads(threads[name])
+            for loop, generator in loops.items():
+                torch.set_num_threads(threads[loop])
                 begun = time.perf_counter()
                 for _ in range(steps):
-                    next(loop)
+                    next(generator)
                 if number:  # the first round warms up
-                    times[name].append((time.perf_counter() - begun) / steps * 1e3)
+                    times[loop].append((time.perf_counter() - begun) / steps * 1e3)
         torch.set_num_threads(default_threads)
-        for loop in loops.values():
-            loop.close()
+        for generator in loops.values():
+            generator.close()
 
     def ratio(a, b):
         return statistics.median(x / y for x, y in zip(times[a], times[b]))
 
-    milliseconds = "  ".join(f"{name} {statistics.median(values):.3f}" for name, values in times.items())
-    print(f"{module.__name__}, batch {trainer.train.batch_size}, threads {threads}\n"
-          f"  ms a step: {milliseconds}\n"
-          f"  script is {ratio('textbook', 'script'):.2f} x textbook, {ratio('careful', 'script'):.2f} x careful, "
-          f"{ratio('bare', 'script'):.2f} of bare; all is {ratio('textbook', 'all'):.2f} x textbook; "
-          f"batch is {100 * ratio('batch', 'script'):.1f} % of a step", flush=True)
+    row = {"batch": trainer.train.batch_size, "threads": threads["script"],
+           **{f"{loop}, ms": statistics.median(values) for loop, values in times.items()},
+           "textbook / script": ratio("textbook", "script"), "bare / script": ratio("bare", "script"),
+           "script, s an epoch": statistics.median(times["script"]) / 1e3 * len(trainer.train.order(0, 1)), **first(module)}
+    del row["batch, ms"]
+    row["batch, % of script"] = 100 * ratio("batch", "script")
+    return row
+
+
+def seconds(*command):
+    begun = time.perf_counter()
+    output = subprocess.run([sys.executable, *command], check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    return time.perf_counter() - begun, output
+
+
+def first(module):
+    """Peak memory of a process that trains one step; time to the first step and of --help, over the bare import's."""
+    path, imports, steps, helps, peak = f"{module.__name__}.py", [], [], [], 0
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(4):
+            imports.append(seconds("-c", "import torch, torchvision")[0])
+            took, output = seconds("-c", FIRST_STEP, str(ROOT / path), "--dataset_type", "digits", "--device", "cpu",
+                                   "--output_dir", f"{folder}/{number}")
+            steps.append(took)
+            helps.append(seconds(path, "--help")[0])
+            peak = max(peak, int(output.split()[-1]) / (2**20 if sys.platform == "darwin" else 2**10))
+    return {"first step / import": statistics.median(s / i for s, i in zip(steps[1:], imports[1:])),
+            "help / import": statistics.median(h / i for h, i in zip(helps[1:], imports[1:])), "memory, MiB": peak}
 
 
 if __name__ == "__main__":
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads by default")
-    measure(main_gan, steps=200, rounds=15)
-    measure(main_dcgan, steps=6, rounds=7)
+    quick = "--quick" in sys.argv
+    chosen = [argument for argument in sys.argv[1:] if argument != "--quick"] or list(CASES)
+    head = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
+    print(head)
+    table = {}
+    for name in chosen:
+        table[name] = measure(name, rounds=2 if quick else 9)
+        print(f"{name}\n  " + "  ".join(f"{key} {value:.4g}" for key, value in table[name].items()), flush=True)
+        Path("throughput.json").write_text(json.dumps({**head, "scripts": table}, indent=1))
