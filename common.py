@@ -348,7 +348,7 @@ class Run:
             self._restore(self.checkpoint)
         elif RANK:  # every process began with the same weights; from here on each draws noise of its own
             torch.manual_seed(self.seed + 1_000_003 * RANK)
-        if self.epoch >= self.num_epochs:
+        if self.epoch >= self.num_epochs > 0:
             print(f"{self.folder}: {self.epoch} epochs are trained already; more with --num_epochs", flush=True)
         weights = sum(t.numel() * t.element_size() for network in self._networks() for t in network.parameters())
         need, free = 8 * weights, shutil.disk_usage(self.folder).free  # weights, two moments and the rest, old and new
