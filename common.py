@@ -261,16 +261,17 @@ def save_grid(images, path, columns, low=-1.0, high=1.0):
 
 
 def save_curves(history, panels, title, path):
-    """Plot columns of a history against epochs. panels: {label of the y axis: [columns]}, one panel beside another."""
+    """Plot columns of a history against its first. panels: {label of the y axis: [columns]}, one beside another."""
     from matplotlib.figure import Figure
 
+    unit = next(iter(history))  # epoch, or iteration
     figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
     for axes, (label, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
         for column in columns:  # a dashed line is the test split's
-            points = [(x, y) for x, y in zip(history["epoch"], history[column]) if y == y]  # nan: not measured
+            points = [(x, y) for x, y in zip(history[unit], history[column]) if y == y]  # nan: not measured
             axes.plot(*(zip(*points) if points else ((), ())), "--" if column.startswith("test") else "-", label=column,
                       marker="o" if len(points) < 20 else None, markersize=3)
-        axes.set(xlabel="epoch", ylabel=label, xlim=(0, history["epoch"][-1] + 0.5))
+        axes.set(xlabel=unit, ylabel=label, xlim=(0, history[unit][-1] + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
@@ -301,6 +302,7 @@ class Run:
     After each epoch history.csv and, last of all, checkpoint.pt are written: what it says is done is on the disk.
     Order of the data and noise depend on the seed alone, so a continued run ends as an uninterrupted one does.
     """
+    unit, each = "epoch", 1  # where iterations are counted, an epoch here is `each` of them; so in every name and text
 
     def __init__(self, script, model_kwargs, dataset_kwargs, *, num_epochs, output_dir, sample_every, seed, device,
                  num_threads, resume, cuda_graph, **trainer_kwargs):
@@ -342,14 +344,15 @@ class Run:
     def epochs(self, train, state):
         """Yield the epochs (from 1) that are still to be trained on `train`, an Images."""
         self.train, self.state, self.names, self.rows = train, state, [], None
-        self.sizes = [len(index) for index in train.order(self.seed, 0)]  # images a step, of this process
+        self.sizes = [len(index) for index in train.order(self.seed, 1)]  # images a step, of this process
         self.buffers = [b for network in self._networks() for b in network.buffers() if b.is_floating_point()]
         if self.checkpoint:
             self._restore(self.checkpoint)
         elif RANK:  # every process began with the same weights; from here on each draws noise of its own
             torch.manual_seed(self.seed + 1_000_003 * RANK)
         if self.epoch >= self.num_epochs > 0:
-            print(f"{self.folder}: {self.epoch} epochs are trained already; more with --num_epochs", flush=True)
+            print(f"{self.folder}: {self.epoch * self.each} {self.unit}s are trained already"
+                  + ("; more with --num_epochs" if self.unit == "epoch" else ""), flush=True)
         weights = sum(t.numel() * t.element_size() for network in self._networks() for t in network.parameters())
         need, free = 8 * weights, shutil.disk_usage(self.folder).free  # weights, two moments and the rest, old and new
         if need > free:
@@ -428,11 +431,11 @@ class Run:
         """Add a row to the history: the epoch's means of what was logged, and `extra` numbers (_ reads as a blank)."""
         rows = self._look()
         if not all(p.isfinite().all() for network in self._networks() for p in network.parameters()):
-            raise FloatingPointError(f"weights are no longer finite after epoch {self.epoch}; {self._last_good()}; "
-                                     "try a lower learning rate")
+            raise FloatingPointError(f"weights are no longer finite after {self._count(self.epoch)}; "
+                                     f"{self._last_good()}; try a lower learning rate")
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
         means = (sizes @ rows.double() / sizes.sum()).tolist()
-        row = {"epoch": self.epoch, "data": self.train.name, **dict(zip(self.names, means)),
+        row = {self.unit: self.epoch * self.each, "data": self.train.name, **dict(zip(self.names, means)),
                **{name.replace("_", " "): value for name, value in extra.items()}}
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
@@ -440,12 +443,13 @@ class Run:
             each = (time.monotonic() - self.begun) / max(1, self.step - self.start)  # seconds a step
             left = round((self.num_epochs - self.epoch) * len(self.sizes) * each)
             numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
-            print(f"epoch {self.epoch}/{self.num_epochs}  {numbers}  {PROCESSES * self.sizes[0] / each:,.0f} images/s  "
-                  f"{left // 60}:{left % 60:02d} min left", flush=True)
+            print(f"{self._count(self.epoch)}/{self.num_epochs * self.each}  {numbers}  "
+                  f"{PROCESSES * self.sizes[0] / each:,.0f} images/s  {left // 60}:{left % 60:02d} min left",
+                  flush=True)
 
     def save_weights(self, **networks):
         """Write weights_epoch_{E}.pt: what sampling and analysis need."""
-        save(self.folder / f"weights_epoch_{self.epoch}.pt",
+        save(self.folder / f"weights_{self._count(self.epoch).replace(' ', '_')}.pt",
              {"script": self.script, "model_kwargs": self.model_kwargs, "data": self.train.name, "epoch": self.epoch,
               **{name: network.state_dict() for name, network in networks.items()}})
 
@@ -453,8 +457,11 @@ class Run:
         return [part for part in self.state.values() if isinstance(part, torch.nn.Module)]
 
     def _last_good(self):
-        return (f"{self.folder}/checkpoint.pt still holds epoch {self.epoch - 1}" if self.epoch > 1
-                else "no epoch was finished")
+        return (f"{self.folder}/checkpoint.pt still holds {self._count(self.epoch - 1)}" if self.epoch > 1
+                else f"no {self.unit} was finished" if self.each == 1 else "none is written yet")
+
+    def _count(self, epoch):
+        return f"{self.unit} {epoch * self.each}"
 
     def _look(self):
         """Read the epoch's losses so far; stop at the first that is not finite."""
@@ -463,7 +470,7 @@ class Run:
             raise FloatingPointError(f"{self.names[column]} became {rows[step, column].item()} at epoch {self.epoch}, "
                                      f"step {step + 1}; {self._last_good()}; try a lower learning rate")
         if self.bar:
-            self.bar.set_description(f"epoch {self.epoch}/{self.num_epochs}", refresh=False)
+            self.bar.set_description(f"{self._count(self.epoch)}/{self.num_epochs * self.each}", refresh=False)
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}, False)
             done = PROCESSES * sum(self.sizes[:self.step])
             self.bar.update((self.epoch - 1) * len(self.train) + done - self.bar.n)

@@ -2,15 +2,18 @@
 
 `load_data` gives (train, test), two `Images`; every `dataset_type` of the scripts is explained there.
 """
+import gzip
 import hashlib
 import io
 import os
 import re
 import shutil
 import sys
+import tarfile
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +24,10 @@ from common import PROCESSES, RANK, BadInput, first_process_first, say, write
 
 STALL_SECONDS = 15  # a download that grows by no byte for so long is given up
 PLACES = {"mnist": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
-          "cifar10": "cifar-10-python.tar.gz (or, unpacked, cifar-10-batches-py/)"}
+          "cifar10": "cifar-10-python.tar.gz (or, unpacked, cifar-10-batches-py/)",
+          "cub": "CUB_200_2011.tgz (or, unpacked, CUB_200_2011/images/; or, resized, such as CUB_200_2011_32/)"}
+CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"  # 1,150,585,339 bytes
+CUB_SHA = "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"  # SHA-256
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -61,12 +67,31 @@ class Images:
         return images, self.labels.index_select(0, index)
 
 
+class Stream:
+    """`images` without end, pass after pass, cut into periods of `steps` steps: what common.Run takes for epochs."""
+
+    def __init__(self, images, batch_size, steps):
+        self.images, self.batch_size, self.steps = images, batch_size, steps  # batch_size: images a step
+        self.name, self.batch = images.name, images.batch
+
+    def __len__(self):
+        return self.steps * self.batch_size * PROCESSES
+
+    def order(self, seed, period):
+        """Indices of every step of a period (from 1); a function of seed and period alone, and no step is short."""
+        length, count = self.steps * self.batch_size, len(self.images) // PROCESSES  # of this process
+        start = (period - 1) * length
+        passes = range(start // count, (start + length - 1) // count + 1)
+        index = torch.cat([part for number in passes for part in self.images.order(seed, number)])
+        return index[start % count:][:length].split(self.batch_size)
+
+
 @first_process_first()  # what it downloads or caches, the other processes find
 def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image_size, channels, device,
-              normalize=True, horizontal_flip=False, num_classes=None):
+              normalize=True, horizontal_flip=False, num_classes=None, jpeg_quality=0):
     """Load `dataset_type` as (train, test), two `Images` of image_size x image_size pixels and 1 or 3 channels.
 
-    dataset_type: mnist, cifar10 (files in data_dir, else a download, else the bundled digits with a warning),
+    dataset_type: mnist, cifar10, cub (files in data_dir, else a download, else the bundled digits with a warning),
     folder (data_dir is a directory of images: flat, or one sub-folder a class; a fixed tenth is the test split),
     digits (the bundled 4,500 + 500). Raises BadInput where there is nothing to load or it does not fit in memory.
     """
@@ -78,7 +103,8 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
         splits, class_names = _digits(channels, num_classes)
     else:
         try:
-            splits, class_names = _torchvision(dataset_type, data_dir)
+            splits, class_names = (_cub(data_dir, image_size, channels, device, jpeg_quality) if dataset_type == "cub"
+                                   else _torchvision(dataset_type, data_dir))
         except OSError as error:
             why = (f"{dataset_type} is not in {data_dir}/ and could not be downloaded ({error}); "
                    f"put {PLACES[dataset_type]} there")
@@ -161,6 +187,53 @@ def _torchvision(dataset_type, data_dir):
     return [(p, torch.as_tensor(part.targets)) for p, part in zip(pixels, parts)], list(parts[0].classes)
 
 
+def _cub(data_dir, size, channels, device, jpeg_quality):
+    """CUB-200-2011: whole photographs, squeezed to size x size; grey ones left out; a fixed tenth is the test split.
+
+    From what is found first in data_dir: CUB_200_2011_{size}/ (resized before; any folders), CUB_200_2011/images/,
+    CUB_200_2011.tgz; else a download. Raises OSError where that fails, BadInput for an archive that is no good.
+    """
+    resized, images, archive = (Path(data_dir) / name for name in
+                                (f"CUB_200_2011_{size}", "CUB_200_2011/images", Path(CUB).name))
+    if not resized.is_dir() and not images.is_dir():
+        if not archive.is_file():  # into a scratch folder, checked by its hash, then moved
+            _download(lambda folder: torch.hub.download_url_to_file(CUB, f"{folder}/{archive.name}", CUB_SHA,
+                                                                    progress=sys.stderr.isatty()), archive.parent)
+        _unpack(archive)
+    return _folder(resized if resized.is_dir() else images, size, channels, device, whole=True,
+                   jpeg_quality=jpeg_quality)
+
+
+def _unpack(archive):
+    """Unpack CUB_200_2011/images/ beside the archive: all of it or nothing. Raises BadInput.
+
+    Only plain files are written, only below a scratch folder (no links, so none can lead out of it), and an archive
+    with a path that leaves it is refused. That is tarfile's filter "data", which Python before 3.10.12 does not have.
+    """
+    from tqdm import tqdm
+
+    scratch = Path(tempfile.mkdtemp(prefix=".unpack_", dir=archive.parent)).resolve()
+    try:
+        with tarfile.open(archive) as tar:
+            for member in tqdm(tar, f"unpacking {archive}", unit=" files", leave=False,
+                               disable=not sys.stderr.isatty()):
+                target = (scratch / member.name).resolve()
+                if not target.is_relative_to(scratch):
+                    raise BadInput(f"{archive}: {member.name} leaves the folder; nothing was unpacked")
+                if member.isfile() and target.is_relative_to(scratch / "CUB_200_2011" / "images"):
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    with open(target, "wb") as file:
+                        shutil.copyfileobj(tar.extractfile(member), file)
+        if not (scratch / "CUB_200_2011" / "images").is_dir():
+            raise BadInput(f"{archive} holds no CUB_200_2011/images/")
+        (archive.parent / "CUB_200_2011").mkdir(exist_ok=True)
+        os.replace(scratch / "CUB_200_2011" / "images", archive.parent / "CUB_200_2011" / "images")
+    except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise BadInput(f"{archive} is damaged ({error}); without it, it will be downloaded")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
 def _download(fetch, data_dir):
     """Run `fetch(folder)` in a scratch folder inside data_dir and move over what it brought: all of it or nothing.
 
@@ -215,20 +288,26 @@ def image_files(folder):
     return paths
 
 
-def _folder(folder, size, channels, device):
-    """Images of any sizes and modes under `folder`: shortest side to `size`, centre crop; cached in the folder."""
+def _folder(folder, size, channels, device, whole=False, jpeg_quality=0):
+    """Images of any sizes and modes under `folder`: shortest side to `size`, centre crop; cached in the folder.
+
+    whole, for CUB: no crop, nothing grey, and the classes of a flat folder are in the names, Mallard_0130_76836.jpg.
+    jpeg_quality: if above 0, what is resized is then compressed so.
+    """
     from concurrent.futures import ThreadPoolExecutor
     from PIL import Image, ImageOps
 
     folder, paths = Path(folder), image_files(folder)
     _check_memory(len(paths), channels, size, device)
     listing = [(str(path.relative_to(folder)), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    stem = f".cache_{size}x{size}x{channels}_"
+    stem = f".cache_{f'whole{jpeg_quality}_' if whole else ''}{size}x{size}x{channels}_"
     cache = folder / f"{stem}{hashlib.sha256(repr(listing).encode()).hexdigest()[:16]}.npz"
 
     def read(path):
         try:
             with Image.open(path) as image:
+                if whole and image.mode == "L":
+                    return f"{path.relative_to(folder)} (grey)"
                 image = ImageOps.exif_transpose(image)
                 if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel and more
                     array = np.asarray(image, dtype=np.float64)
@@ -237,6 +316,11 @@ def _folder(folder, size, channels, device):
                     image = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
                 image = image.convert("RGB" if channels == 3 else "L")
+                if whole and image.size != (size, size):
+                    image = image.resize((size, size), Image.Resampling.BICUBIC)  # Pillow's is antialiased
+                    if jpeg_quality:
+                        image.save(buffer := io.BytesIO(), "JPEG", quality=jpeg_quality)
+                        image = Image.open(buffer)
                 return np.asarray(ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC))
         except Exception as error:  # a decoder may raise anything; the file is named
             return f"{path.relative_to(folder)} ({type(error).__name__})"
@@ -254,7 +338,8 @@ def _folder(folder, size, channels, device):
         broken = [array for array in arrays if isinstance(array, str)]
         pixels = np.stack([array for array in arrays if not isinstance(array, str)]) if keep.any() else None
     if broken:
-        say(f"{folder}: skipped {len(broken)} unreadable: {', '.join(broken[:10])}{' ...' if broken[10:] else ''}")
+        say(f"{folder}: skipped {len(broken)} {'grey or ' * whole}unreadable: "
+            f"{', '.join(broken[:10])}{' ...' if broken[10:] else ''}")
     if keep.sum() < 2:
         raise BadInput(f"{folder}: {keep.sum()} of {len(paths)} image files can be read; two are the least")
     if not cache.is_file():
@@ -266,7 +351,8 @@ def _folder(folder, size, channels, device):
             write(cache, buffer.getvalue())
         except OSError:
             pass  # a read-only folder is read again each time
-    parents = [path.relative_to(folder).parts[0] if path.parent != folder else "" for path in paths]
+    parents = [path.relative_to(folder).parts[0] if path.parent != folder
+               else path.stem.rsplit("_", 2)[0] if whole else "" for path in paths]
     class_names = sorted(set(parents))
     labels = torch.tensor([class_names.index(parent) for parent, good in zip(parents, keep) if good])
     pixels = torch.from_numpy(pixels).view(len(labels), size, size, channels).permute(0, 3, 1, 2)

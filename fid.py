@@ -335,12 +335,19 @@ class Scorer:
 
     generate(n) gives images in [-1, 1], or (images, labels): then class_distances holds the last call's, by label.
     While scoring has taken more than max_share of the time, it returns NaN at once. floor: the same of n test images.
+    fall_back: a classifier, with a warning, where Inception's weights cannot be had.
     """
 
-    def __init__(self, train, test, n, features, data_dir, resize="clean", max_share=1.0):
+    def __init__(self, train, test, n, features, data_dir, resize="clean", max_share=1.0, fall_back=False):
         self.n, self.device, self.max_share, self.spent = n, train.pixels.device, max_share, 0.0
-        self.features = (classifier_features(train, test, data_dir, self.device) if features == "classifier"
-                         else inception_features("", data_dir, resize, self.device))
+        try:
+            self.features = (classifier_features(train, test, data_dir, self.device) if features == "classifier"
+                             else inception_features("", data_dir, resize, self.device))
+        except BadInput as error:
+            if features == "classifier" or not fall_back:
+                raise
+            common.say(f"WARNING: NO FID. {error}. Every score is a classifier's distance instead, and says so.")
+            self.features = classifier_features(train, test, data_dir, self.device)
         self.real, held_out = (measure(of_images((train, test), split, data_dir), self.features, most, 250)
                                for split, most in (("train", len(train)), ("test", n)))
         self.name, self.floor, self.begun = self.features.metric, self.real.distance(held_out), time.monotonic()
