@@ -293,7 +293,7 @@ def of_weights(path, count, seed, device):
     if classes := kwargs.get("num_classes"):
         labels = torch.arange(count, device=device) % classes
         source = of_generator(path, count, lambda index: (generator(z[index], labels[index]), labels[index]))
-    source.data = weights["data"].split()[0]
+    source.data, source.num_classes = weights["data"].split()[0], classes
     return source
 
 
@@ -315,8 +315,9 @@ def open_source(text, count, seed, data_dir, device, like=None):
     if name not in (*datasets.PLACES, "digits") or split not in ("train", "test"):
         raise BadInput(f"{text!r} is no folder, .pt, .npz or {', '.join(datasets.PLACES)}, digits with :train or :test")
     channels, side = (like.read(torch.arange(2))[0][0].shape[1:3] if hasattr(like, "data")
-                      else (1, 28) if name in ("mnist", "digits") else (3, 32))
-    pair = datasets.load_data(name, data_dir, False, 1, False, side, channels, torch.device("cpu"))
+                      else {"mnist": (1, 28), "digits": (1, 28), "sprites": (3, 16)}.get(name, (3, 32)))
+    pair = datasets.load_data(name, data_dir, False, 1, False, side, channels, torch.device("cpu"),
+                              num_classes=getattr(like, "num_classes", None))
     return of_images(pair, split, data_dir)
 
 
