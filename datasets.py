@@ -25,9 +25,13 @@ from common import PROCESSES, RANK, BadInput, first_process_first, say, write
 STALL_SECONDS = 15  # a download that grows by no byte for so long is given up
 PLACES = {"mnist": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
           "cifar10": "cifar-10-python.tar.gz (or, unpacked, cifar-10-batches-py/)",
-          "cub": "CUB_200_2011.tgz (or, unpacked, CUB_200_2011/images/; or, resized, such as CUB_200_2011_32/)"}
+          "cub": "CUB_200_2011.tgz (or, unpacked, CUB_200_2011/images/; or, resized, such as CUB_200_2011_32/)",
+          "sprites": "sprites_1788_16x16.npy and sprite_labels_nc_1788_16x16.npy (deeplearning.ai, How Diffusion "
+                     "Models Work) or sprites.npy and sprites_labels.npy (Kaggle, ebrahimelgazar/pixel-art)"}
 CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"  # 1,150,585,339 bytes
 CUB_SHA = "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"  # SHA-256
+SPRITES = {"sprites_1788_16x16.npy": "sprite_labels_nc_1788_16x16.npy", "sprites.npy": "sprites_labels.npy",
+           "sprites.npz": "sprites.npz"}  # images: labels; .npz holds `images`, `labels` and, if need be, `class_names`
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
 
 
@@ -92,6 +96,7 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
     """Load `dataset_type` as (train, test), two `Images` of image_size x image_size pixels and 1 or 3 channels.
 
     dataset_type: mnist, cifar10, cub (files in data_dir, else a download, else the bundled digits with a warning),
+    sprites (the same without the download: pixel art in five classes; a fixed tenth is the test split),
     folder (data_dir is a directory of images: flat, or one sub-folder a class; a fixed tenth is the test split),
     digits (the bundled 4,500 + 500). Raises BadInput where there is nothing to load or it does not fit in memory.
     """
@@ -103,8 +108,8 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
         splits, class_names = _digits(channels, num_classes)
     else:
         try:
-            splits, class_names = (_cub(data_dir, image_size, channels, device, jpeg_quality) if dataset_type == "cub"
-                                   else _torchvision(dataset_type, data_dir))
+            splits, class_names = (_cub(data_dir, image_size, channels, device, jpeg_quality) if name == "cub" else
+                                   _sprites(data_dir) if name == "sprites" else _torchvision(name, data_dir))
         except OSError as error:
             why = (f"{dataset_type} is not in {data_dir}/ and could not be downloaded ({error}); "
                    f"put {PLACES[dataset_type]} there")
@@ -114,7 +119,7 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
                              "Going on with the 5,000 bundled digits instead; every result will say so.", "!" * 80]),
                   file=sys.stderr, flush=True)
             name = f"digits (bundled, in place of {dataset_type})"
-            splits, class_names = _digits(channels, num_classes)
+            splits, class_names = _digits(channels, num_classes or (5 if dataset_type == "sprites" else 10))
     _check_memory(sum(len(labels) for _, labels in splits), channels, image_size, device)
     train, test = (Images(_fit(pixels, image_size, channels), labels, name, class_names, batch_size, shuffle,
                           normalize, horizontal_flip and split == 0, device)
@@ -185,6 +190,49 @@ def _torchvision(dataset_type, data_dir):
     pixels = [torch.as_tensor(part.data) for part in parts]
     pixels = [p.unsqueeze(1) if p.ndim == 3 else p.permute(0, 3, 1, 2) for p in pixels]
     return [(p, torch.as_tensor(part.targets)) for p, part in zip(pixels, parts)], list(parts[0].classes)
+
+
+def _sprites(data_dir):
+    """Small pictures (N, H, W, 3) uint8 with labels (N,) or one-hot (N, classes), without repetitions.
+
+    Raises OSError where there are no such files, and BadInput where they hold something else.
+    """
+    path = next((path for name in SPRITES if (path := Path(data_dir) / name).is_file()), None)
+    if not path:
+        raise OSError("those who publish it ask for an account")
+    beside, names = path.with_name(SPRITES[path.name]), None
+    try:
+        if path == beside:
+            with np.load(path) as packed:
+                pixels, labels = packed["images"], packed["labels"]
+                names = packed["class_names"].tolist() if "class_names" in packed else None
+        else:
+            pixels, labels = np.load(path), np.load(beside)
+    except Exception as error:  # numpy and zipfile raise half a dozen types here
+        raise BadInput(f"{path} and {beside} cannot be read ({error})")
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[3] != 3 or len(pixels) < 2:
+        raise BadInput(f"{path} holds {pixels.dtype} {pixels.shape}; legal: uint8 (N, height, width, 3)")
+    one_hot = labels.ndim == 2 and labels.shape[1] > 1
+    if one_hot and ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all():
+        count, labels = labels.shape[1], labels.argmax(1)
+    elif not one_hot and labels.size == len(labels) and (labels == labels.astype(np.int64)).all() and labels.min() >= 0:
+        labels = labels.reshape(-1).astype(np.int64)
+        count = labels.max() + 1
+    else:
+        raise BadInput(f"{beside} holds {labels.dtype} {labels.shape}; legal: whole numbers >= 0, or rows with one 1")
+    if len(labels) != len(pixels):
+        raise BadInput(f"{path} holds {len(pixels)} images, {beside} {len(labels)} labels")
+    first = {}  # the course's file has each of its 1,788 pictures about 50 times
+    for i, image in enumerate(pixels):
+        first.setdefault(image.tobytes(), i)
+    keep = torch.tensor(list(first.values()))
+    say(f"{path}: {len(pixels):,} images, {len(pixels) - len(keep):,} of them removed as exact duplicates")
+    if not names or len(names) < count:  # an .npy names none; 89,400 images are the course's
+        names = ["hero", "non-hero", "food", "spell", "side-facing"] if len(pixels) == 89400 else map(str, range(count))
+    pixels, labels = torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(labels)
+    order = keep[torch.randperm(len(keep), generator=torch.Generator().manual_seed(0))]
+    test, train = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
+    return [(pixels[train], labels[train]), (pixels[test], labels[test])], list(names)
 
 
 def _cub(data_dir, size, channels, device, jpeg_quality):

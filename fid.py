@@ -110,6 +110,21 @@ class Statistics:
         return {label: a.distance(b) for label, (a, b) in parts.items() if min(a.n, b.n) > 1}
 
 
+def distance_within_classes(images, labels):
+    """{label: mean Euclidean distance of two of its images}, for classes of two images or more. (N, C, H, W), (N,)."""
+    return {label: common.mean_distance(images[labels == label].float())
+            for label, count in enumerate(labels.bincount().tolist()) if count > 1}
+
+
+def obedience(features, statistics):
+    """{label: share of its images in which the classifier behind the features sees this class}; {} without labels."""
+    if not hasattr(features, "classify") or not len(statistics.labels):
+        return {}
+    right = features.classify(statistics.kept.to(features.device)).cpu() == statistics.labels
+    return {label: right[statistics.labels == label].double().mean().item()
+            for label in statistics.labels.unique().tolist()}
+
+
 def kernel_distance(real, fake, blocks=10):
     """KID, the unbiased squared MMD for the kernel (x . y / d + 1)^3 (Binkowski et al., section 3), and its error."""
     blocks = max(1, min(blocks, len(real) // 2, len(fake) // 2))
@@ -215,7 +230,8 @@ def classifier_features(train, test, data_dir, device):
     network.load_state_dict(saved["network"])
     name = f"classifier of {train.name} {fingerprint(*saved['network'].values())} ({saved['accuracy']:.2%} right)"
     return SimpleNamespace(see=lambda images: network[:-1](prepare(images)), resize=f"{size}x{size}x{channels}",
-                           name=name, metric="classifier distance")
+                           name=name, metric="classifier distance", device=device,
+                           classify=torch.no_grad()(lambda seen: network[-1](seen).argmax(1)))
 
 
 def fingerprint(*tensors):
@@ -277,7 +293,7 @@ def of_weights(path, count, seed, device):
     if classes := kwargs.get("num_classes"):
         labels = torch.arange(count, device=device) % classes
         source = of_generator(path, count, lambda index: (generator(z[index], labels[index]), labels[index]))
-    source.data = weights["data"].split()[0]
+    source.data, source.num_classes = weights["data"].split()[0], classes
     return source
 
 
@@ -299,8 +315,9 @@ def open_source(text, count, seed, data_dir, device, like=None):
     if name not in (*datasets.PLACES, "digits") or split not in ("train", "test"):
         raise BadInput(f"{text!r} is no folder, .pt, .npz or {', '.join(datasets.PLACES)}, digits with :train or :test")
     channels, side = (like.read(torch.arange(2))[0][0].shape[1:3] if hasattr(like, "data")
-                      else (1, 28) if name in ("mnist", "digits") else (3, 32))
-    pair = datasets.load_data(name, data_dir, False, 1, False, side, channels, torch.device("cpu"))
+                      else {"mnist": (1, 28), "digits": (1, 28), "sprites": (3, 16)}.get(name, (3, 32)))
+    pair = datasets.load_data(name, data_dir, False, 1, False, side, channels, torch.device("cpu"),
+                              num_classes=getattr(like, "num_classes", None))
     return of_images(pair, split, data_dir)
 
 
@@ -333,7 +350,8 @@ class Scorer:
         score = fid.Scorer(train, test, 10000, "classifier", data_dir)       # two Images; once, before training
         run.end_epoch(**{score.name: score(lambda n: trainer.sample(torch.randn(n, 64)))})
 
-    generate(n) gives images in [-1, 1], or (images, labels): then class_distances holds the last call's, by label.
+    generate(n) gives images in [-1, 1], or (images, labels): then class_distances holds the last call's, by label, and
+    obedience the share of each label's images in which the classifier sees this class ({} with other features).
     While scoring has taken more than max_share of the time, it returns NaN at once. floor: the same of n test images.
     fall_back: a classifier, with a warning, where Inception's weights cannot be had.
     """
@@ -360,8 +378,17 @@ class Scorer:
             torch.manual_seed(0)  # the same z each time, so that from call to call only the generator changes
             fake = measure(of_generator("generated", self.n, lambda i: generate(len(i))), self.features, self.n, 250)
         value, self.class_distances = self.real.distance(fake), self.real.class_distances(fake)
+        self.obedience = obedience(self.features, fake)
         self.spent += time.monotonic() - start
         return value
+
+    def columns(self, generate):
+        """{column: value} for a history, the classes' means and worst case too; all nan where generate is None."""
+        value = self(generate) if generate else math.nan
+        by_class = (self.class_distances, self.obedience) if value == value else ({}, {})
+        distances, shares = ([*part.values()] or [math.nan] for part in by_class)
+        return {self.name: value, "mean class distance": sum(distances) / len(distances),
+                "asked class": sum(shares) / len(shares), "asked class, worst": min(shares)}
 
 
 def save_neighbours(path, fakes, fake, reals, real):
@@ -406,6 +433,15 @@ def main(source_kwargs, metric_kwargs):
         result["precision"], result["recall"] = precision_recall(real.kept[:kept], fake.kept[:kept])
     if classes := real.class_distances(fake):
         result["mean of classes"] = sum(classes.values()) / len(classes)
+    by_class = {"asked class": obedience(features, fake)}
+    if pair and classes and {"data", "pair"} & vars(fakes).keys():  # images of one size; in pixels, as they are seen
+        made, data = (distance_within_classes(*map(torch.cat, zip(*(
+            (images[0], labels) for images, labels in map(source.read, seen.index[:5000].split(500))))))
+            for source, seen in ((fakes, fake), (reals, real)))
+        by_class["diversity within class"] = {label: made[label] / data[label] for label in made if label in data}
+    for name, values in by_class.items():
+        if values:
+            result[name], result[f"{name}, worst"] = sum(values.values()) / len(values), min(values.values())
     result.update({"generated": generated, "real": against, "real's N": real.n or "unknown"})
     print("  ".join(f"{key} {value:.5g}" if isinstance(value, float) else f"{key} {value}"
                     for key, value in result.items()))
@@ -415,7 +451,7 @@ def main(source_kwargs, metric_kwargs):
                        "covariance makes the distance too large, the more so the fewer images; compare at equal N only")
     path = Path(o.output_dir) / re.sub(r"[^\w.]+", "_", f"{features.metric}_of_{' '.join(Path(generated).parts[-2:])}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    common.write(f"{path}.json", json.dumps({**result, "classes": classes}, indent=1).encode())
+    common.write(f"{path}.json", json.dumps({**result, "classes": classes, "by class": by_class}, indent=1).encode())
     np.savez(buffer := io.BytesIO(), mu=fake.mu, sigma=fake.sigma, n=fake.n, label=fake.label)
     common.write(f"{path}.npz", buffer.getvalue())
     if hasattr(fakes, "read") and hasattr(reals, "read"):

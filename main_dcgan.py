@@ -21,12 +21,12 @@ model_kwargs = {
     "image_channels": 3,  # 1 | 3; grey or colour; mnist is grey whatever stands here
 }
 dataset_kwargs = {
-    "dataset_type": "cifar10",  # mnist | cifar10 | folder | digits; digits is the bundled sample of MNIST, in colour
+    "dataset_type": "cifar10",  # mnist | cifar10 | sprites | folder | digits; digits: the bundled sample of MNIST
     "batch_size": 16,  # >= 1; images a step
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
     "allow_fallback": True,  # train on the bundled digits, with a warning, where the data cannot be had
-    "image_size": 0,  # 0 | 16 | 28 | 32 | 64; pixels a side; 0 is the data set's own (folder: 32)
+    "image_size": 0,  # 0 | 16 | 28 | 32 | 64; pixels a side; 0 is the data set's own (sprites: 16, folder: 32)
     "horizontal_flip": False,  # mirror every other training image at random: for objects, not for digits
 }
 trainer_kwargs = {
@@ -223,7 +223,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     """Train with the given settings; returns the Trainer."""
     run = common.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
     kind = dataset_kwargs["dataset_type"]
-    size = dataset_kwargs["image_size"] or {"mnist": 28, "digits": 28}.get(kind, 32)
+    size = dataset_kwargs["image_size"] or {"mnist": 28, "digits": 28, "sprites": 16}.get(kind, 32)
     channels = 1 if kind == "mnist" else model_kwargs["image_channels"]
     run.model_kwargs.update(image_channels=channels, image_size=size)  # sampling rebuilds the networks from these
     train, test = datasets.load_data(**{**dataset_kwargs, "image_size": size}, channels=channels, device=run.device)

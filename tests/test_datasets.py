@@ -227,3 +227,68 @@ def test_damaged_files_are_not_trained_on(mnist_from, monkeypatch, tmp_path, cap
     images.write_bytes(images.read_bytes()[:-50])
     train, _ = load("mnist", tmp_path)  # unpacked once more from the archive, whose checksum is right
     assert train.name == "mnist" and len(train) == 10
+
+
+def write_sprites(folder, labels, names=("sprites.npy", "sprites_labels.npy")):
+    """As many pictures as labels; the last two are the first once more. Returns the pixels."""
+    pixels = np.random.RandomState(0).randint(0, 256, (len(labels), 16, 16, 3), dtype=np.uint8)
+    pixels[-2:] = pixels[0]
+    for name, array in zip(names, (pixels, labels)):
+        np.save(folder / name, array)
+    return pixels
+
+
+SPRITE_LABELS = np.array([0, 1, 2, 3, 4] * 4 + [0, 0])
+
+
+def test_sprites_are_read_split_and_named_and_duplicates_go_first(tmp_path, capsys):
+    pixels = write_sprites(tmp_path, np.eye(5)[SPRITE_LABELS])
+    splits = load("sprites", tmp_path, channels=3, image_size=16)
+    assert [len(split) for split in splits] == [18, 2] and "22 images, 2 of them removed" in capsys.readouterr().err
+    assert splits[0].name == "sprites" and splits[0].class_names == list("01234")
+    expected = {image.tobytes(): label for image, label in zip(pixels[:20], SPRITE_LABELS)}
+    found = {np.ascontiguousarray(image.permute(1, 2, 0)).tobytes(): label
+             for split in splits for image, label in zip(split.pixels, split.labels.tolist())}
+    assert len(found) == 20 and found == expected
+
+
+@pytest.mark.parametrize("labels", [SPRITE_LABELS, SPRITE_LABELS[:, None], SPRITE_LABELS.astype(np.float32)])
+def test_one_hot_and_integer_labels_are_the_same(labels, tmp_path):
+    write_sprites(tmp_path, np.eye(5)[SPRITE_LABELS])
+    one_hot = load("sprites", tmp_path, channels=3, image_size=16)[0]
+    write_sprites(tmp_path, labels)
+    integers = load("sprites", tmp_path, channels=3, image_size=16)[0]
+    assert one_hot.labels.equal(integers.labels) and one_hot.pixels.equal(integers.pixels)
+    assert one_hot.labels.dtype == integers.labels.dtype == torch.int64 and one_hot.class_names == integers.class_names
+
+
+def test_sprites_under_their_other_names(tmp_path):
+    pixels = write_sprites(tmp_path, SPRITE_LABELS, ("sprites_1788_16x16.npy", "sprite_labels_nc_1788_16x16.npy"))
+    first = load("sprites", tmp_path, channels=3, image_size=16)[0]
+    (tmp_path / "packed").mkdir()
+    np.savez(tmp_path / "packed" / "sprites.npz", images=pixels, labels=SPRITE_LABELS, class_names=list("abcde"))
+    packed = load("sprites", tmp_path / "packed", channels=3, image_size=16)[0]
+    assert first.pixels.equal(packed.pixels) and first.labels.equal(packed.labels) and packed.class_names == list("abcde")
+
+
+@pytest.mark.parametrize("labels", [SPRITE_LABELS - 1, SPRITE_LABELS + 0.5, np.eye(5)[SPRITE_LABELS] * 2,
+                                    1 - np.eye(5)[SPRITE_LABELS], SPRITE_LABELS[:-1], SPRITE_LABELS.astype(str)])
+def test_bad_sprite_labels_are_refused(labels, tmp_path):
+    write_sprites(tmp_path, SPRITE_LABELS)
+    np.save(tmp_path / "sprites_labels.npy", labels)
+    with pytest.raises(common.BadInput, match="sprites_labels.npy") as caught:
+        load("sprites", tmp_path, channels=3, image_size=16)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_sprites_their_source_is_named_and_coloured_digits_stand_in(tmp_path, capsys):
+    train, _ = load("sprites", tmp_path, channels=3, image_size=16)
+    warning = capsys.readouterr().err
+    assert "deeplearning.ai" in warning and "ebrahimelgazar/pixel-art" in warning and "THIS IS NOT SPRITES" in warning
+    assert train.pixels.shape == (4500, 3, 16, 16) and train.labels.unique().tolist() == [0, 1, 2, 3, 4]
+    with pytest.raises(common.BadInput, match="sprites_labels.npy"):
+        load("sprites", tmp_path, channels=3, image_size=16, allow_fallback=False)
+    write_sprites(tmp_path, SPRITE_LABELS)
+    (tmp_path / "sprites_labels.npy").unlink()
+    with pytest.raises(common.BadInput, match="sprites_labels.npy cannot be read"):  # half a data set is a mistake
+        load("sprites", tmp_path, channels=3, image_size=16)
