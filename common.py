@@ -8,6 +8,7 @@ import contextlib
 import csv
 import difflib
 import gc
+import importlib
 import io
 import math
 import os
@@ -239,6 +240,33 @@ def load(path, script, part):
     return contents
 
 
+LOADERS = {"load_generator": ("a generator", "main_gan"), "load_model": ("an encoder and a decoder", "main_vae")}
+
+
+def open_weights(path, *loaders):
+    """(path, contents, load) of a weights file; load is the first of `loaders` that the script that wrote it has.
+
+    path "": the newest weights_epoch_{E}.pt for which there is one, of the folders in the current one. Only scripts of
+    this collection are imported. Raises BadInput.
+    """
+    wanted, train = LOADERS[loaders[0]]
+    if not path:
+        for found in sorted(Path().glob("*/weights_epoch_*.pt"), key=lambda file: file.stat().st_mtime, reverse=True):
+            try:
+                return open_weights(str(found), *loaders)
+            except BadInput:
+                continue  # of another kind, or damaged
+        raise BadInput(f"no folder here holds a weights_epoch_E.pt with {wanted}; train first: python {train}.py")
+    contents, own = load(path, None, "model_kwargs"), Path(__file__).parent.glob("*.py")
+    script = contents["script"]
+    module = importlib.import_module(script) if script in [file.stem for file in own] else None
+    for name in loaders:
+        if hasattr(module, name):
+            return path, contents, getattr(module, name)
+    raise BadInput(f"{path}: {script}.py is no script of this collection that has {wanted}; train one that has: "
+                   f"python {train}.py")
+
+
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
@@ -370,7 +398,8 @@ class Run:
             handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             for self.epoch in range(self.epoch + 1, self.num_epochs + 1):
-                self.sampling = self.epoch in (1, self.num_epochs) or self.epoch % self.sample_every == 0
+                due = self.epoch in (1, self.num_epochs) or self.epoch % self.sample_every == 0
+                self.sampling = due and not RANK
                 yield self.epoch
                 self._write_history()
                 self._save(self.epoch, step=0)

@@ -5,6 +5,7 @@
 import gzip
 import hashlib
 import io
+import math
 import os
 import re
 import shutil
@@ -60,6 +61,13 @@ class Images:
             index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
         index = index[:len(index) // PROCESSES * PROCESSES].to(self.pixels.device)
         return [part.chunk(PROCESSES)[RANK] for part in index.split(self.batch_size * PROCESSES)]
+
+    def leave_out(self, label):
+        """Drop every image of this label; the name says so from now on: `mnist without 4`."""
+        keep = self.labels != label
+        if keep.all() or not keep.any():
+            raise BadInput(f"{self.name} has no images of label {label} beside others, so it cannot be left out")
+        self.pixels, self.labels, self.name = self.pixels[keep], self.labels[keep], f"{self.name} without {label}"
 
     def batch(self, index):
         """index (N,) -> images (N, C, H, W) float32, labels (N,)."""
@@ -127,6 +135,19 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
     if batch_size > len(train):
         raise BadInput(f"batch_size {batch_size} is larger than the {len(train)} training images of {name}")
     return train, test
+
+
+def load_again(weights, data_dir, device):
+    """(train, test) that an encoder was trained on, in the shape and range of its images; never a fallback.
+
+    weights: the contents of its weights_epoch_{E}.pt. A class that was left out is there again. Raises BadInput.
+    """
+    kwargs, (kind, *name) = weights["model_kwargs"], weights["data"].split(" without ")[0].split(maxsplit=1)
+    if kind == "folder" and Path(data_dir).name != name[0]:
+        raise BadInput(f"the weights were trained on a folder {name[0]}: say where it is with --data_dir")
+    channels = kwargs.get("image_channels", 1)  # the fully connected networks are grey, and give the number of pixels
+    side = kwargs["image_size"] if "image_channels" in kwargs else math.isqrt(kwargs["image_size"])
+    return load_data(kind, data_dir, False, 1, False, side, channels, device, normalize=channels == 3)
 
 
 def _fit(pixels, size, channels):

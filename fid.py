@@ -8,7 +8,6 @@ writes: scores/: {metric}_of_{generated}.json, .npz (statistics), .png (left gen
 expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149, 70.7 (floor 2.50), N 10,000; 40 s, 1 core
 """
 import hashlib
-import importlib
 import io
 import json
 import math
@@ -281,12 +280,8 @@ def of_generator(name, count, generate):
 
 def of_weights(path, count, seed, device):
     """A weights file as a source: its generator, rebuilt by the load_generator of the script that wrote it."""
-    weights = common.load(path, None, "model_kwargs")
-    script, kwargs, own = weights["script"], weights["model_kwargs"], Path(__file__).parent.glob("*.py")
-    module = importlib.import_module(script) if script in [path.stem for path in own] else None
-    load = getattr(module, "load_generator", None)
-    if not load:
-        raise BadInput(f"{path}: {script}.py is no script of this collection that has a generator")
+    path, weights, load = common.open_weights(path, "load_generator")
+    kwargs = weights["model_kwargs"]
     generator, random = load(path).to(device).eval(), torch.Generator().manual_seed(seed)
     z = torch.randn(count, kwargs.get("latent_variable_size") or kwargs["latent_dim"], generator=random).to(device)
     source = of_generator(path, count, lambda index: generator(z[index]))

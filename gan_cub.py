@@ -49,6 +49,7 @@ trainer_kwargs = {
     "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
+    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
 
@@ -181,6 +182,7 @@ class Trainer:
             loss = loss + self.gp_weight * penalty
         self.discriminator_optimizer.zero_grad()
         loss.backward()
+        common.average_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
         return values
 
@@ -191,6 +193,7 @@ class Trainer:
         self.discriminator.train()
         self.generator_optimizer.zero_grad()
         loss.backward(inputs=list(self.generator.parameters()))  # spares the gradients of D's weights
+        common.average_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.average()
         return loss
@@ -222,13 +225,14 @@ class Trainer:
         run = self.run
         state = {name: getattr(self, name) for name in ("generator", "ema_generator", "discriminator",
                                                         "generator_optimizer", "discriminator_optimizer")}
+        step = run.fast_step(self.step)
         for period in run.epochs(self.train, state):
             for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
                 optimizer.param_groups[0]["lr"] = self.lr_now  # a restored one brings a number of its own
             for images, _ in run.batches():
                 done = ((period - 1) * self.train.steps + run.step) * self.d_steps
                 self.lr_now.fill_(self.lr * (1 - done / self.num_iterations))
-                run.log(self.step(images))
+                run.log(step(images))
             self.evaluate(period * run.each)
 
     def evaluate(self, iteration):
@@ -242,6 +246,8 @@ class Trainer:
             measured[score.name] = score(lambda n: self.sample(torch.randn(n, self.latent_dim).to(run.device)))
             panels = {f"{score.name} (N {score.n:,})": [score.name]} | panels
         run.end_epoch(**measured)
+        if not run.sampling:  # of several processes the first one writes
+            return
         run.save_weights(generator=self.ema_generator)
         if not score or measured[score.name] == min(run.history[score.name]):
             weights = (run.folder / f"weights_iteration_{iteration}.pt").read_bytes()

@@ -46,6 +46,7 @@ trainer_kwargs = {
     "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
+    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
 
@@ -179,12 +180,14 @@ class Trainer:
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
+        common.average_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
         # G is judged by the D that has just learnt; `inputs` spares the gradients of D's weights
         g_loss = generator_loss(self.discriminator(fake, labels))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
+        common.average_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.average()
 
@@ -216,9 +219,10 @@ class Trainer:
         run = self.run
         state = {name: getattr(self, name) for name in ("generator", "ema_generator", "discriminator",
                                                         "generator_optimizer", "discriminator_optimizer")}
+        step = run.fast_step(self.step)
         for epoch in run.epochs(self.train, state):
             for images, labels in run.batches():
-                run.log(self.step(images, labels))
+                run.log(step(images, labels))
             # 1 is as varied as the data; towards 0 a class has one picture left: mode collapse
             made = fid.distance_within_classes(self.sample(self.fixed_labels, self.fixed_z), self.fixed_labels)
             shares = [made[c] / real for c, real in self.real_distances.items() if c in made] or [float("nan")]

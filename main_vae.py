@@ -30,6 +30,7 @@ dataset_kwargs = {
     "normalize": False,  # pixels in [0, 1], as the likelihood needs them; true ([-1, 1]) is refused
     "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
     "allow_fallback": True,  # train on the bundled digits, with a warning, where the data cannot be had
+    "exclude_class": -1,  # >= -1; a label that is left out, for detect_vae_anomalies.py to find; -1 keeps all
 }
 trainer_kwargs = {
     "num_epochs": 50,  # >= 0; may grow later: the run continues; 0 only checks settings and data
@@ -48,7 +49,7 @@ trainer_kwargs = {
 
 
 class Encoder(nn.Module):
-    """Flattened images (N, image_size) in [0, 1] -> mu and logvar of q(z|x) = N(mu, sigma^2), both (N, latent_dim)."""
+    """Images in [0, 1], flat or (N, 1, H, W) -> mu and logvar of q(z|x) = N(mu, sigma^2), both (N, latent_dim)."""
 
     def __init__(self, hidden_size, latent_dim, image_size):
         super().__init__()
@@ -63,7 +64,7 @@ class Encoder(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x):
-        features = self.model(x)
+        features = self.model(x.flatten(1))
         return self.fc_mean(features).float(), self.fc_logvar(features).float()
 
 
@@ -247,7 +248,11 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
         raise common.BadInput(f"image_size {image_size} is no square number; legal: 784 (28 x 28), 1024 (32 x 32), ...")
     if dataset_kwargs["normalize"]:
         raise common.BadInput("normalize true puts pixels into [-1, 1], where a coin has no likelihood; legal: false")
+    excluded = (dataset_kwargs := dict(dataset_kwargs)).pop("exclude_class")
     train, test = datasets.load_data(**dataset_kwargs, image_size=side, channels=1, device=run.device)
+    if excluded >= 0:
+        train.leave_out(excluded)
+        test.leave_out(excluded)
     trainer = Trainer(run, train, test, **run.trainer_kwargs)
     trainer.fit()
     return trainer

@@ -244,3 +244,26 @@ def test_one_seed_covers_torch_numpy_and_python():
     first = draw()
     common.seed_everything(5)
     assert draw() == first
+
+
+def test_weights_are_opened_by_the_script_that_wrote_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.BadInput, match="no folder here holds .* with an encoder and a decoder; .* main_vae.py"):
+        common.open_weights("", "load_model")
+    written = [("c", "main_gan"), ("b", "main_vae"), ("a", "main_gan"), ("d", "stranger")]
+    for age, (folder, script) in enumerate(written):
+        common.save(tmp_path / folder / "weights_epoch_1.pt", {"script": script, "model_kwargs": {"age": age}})
+        os.utime(tmp_path / folder / "weights_epoch_1.pt", (0, age))
+    (tmp_path / "e").mkdir()
+    (tmp_path / "e" / "weights_epoch_2.pt").write_bytes(b"damaged")
+    (tmp_path / "stranger.py").write_text("load_generator = 1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+    # the newest that fits, and the first function asked for that its script has
+    path, contents, load = common.open_weights("", "load_generator")
+    assert path == "a/weights_epoch_1.pt" and contents["model_kwargs"]["age"] == 2 and load is main_gan.load_generator
+    assert common.open_weights("", "load_model")[0] == "b/weights_epoch_1.pt"
+    assert common.open_weights("c/weights_epoch_1.pt", "load_model", "load_generator")[2] is main_gan.load_generator
+    for folder, words in (("a", "main_gan.py is no script .* an encoder and a decoder; .*: python main_vae.py"),
+                          ("d", "stranger.py is no script of this collection")):
+        with pytest.raises(common.BadInput, match=words):
+            common.open_weights(f"{folder}/weights_epoch_1.pt", "load_model")

@@ -37,6 +37,39 @@ def test_coloured_digits_are_the_same_every_time_and_never_lose_the_digit():
         assert len(ground) == 1 and len(ink) == 1 and (ground - ink).abs().min() >= 88  # 0.35 of 255, less rounding
 
 
+def test_a_class_that_is_left_out_is_gone_and_named():
+    train, whole = load()[0], load()[0]
+    train.leave_out(4)
+    assert train.name == "digits without 4" and train.pixels.equal(whole.pixels[whole.labels != 4])
+    assert train.labels.equal(whole.labels[whole.labels != 4]) and len(train) == 4050
+    assert torch.cat(train.order(0, 1)).max() == 4049
+    for label in (4, 10):  # gone already, never there
+        with pytest.raises(common.BadInput, match=f"digits without 4 has no images of label {label} beside others"):
+            train.leave_out(label)
+    train.pixels, train.labels = train.pixels[:1], train.labels[:1]
+    with pytest.raises(common.BadInput, match="beside others"):
+        train.leave_out(train.labels.item())
+
+
+def test_what_an_encoder_was_trained_on_is_found_again(tmp_path):
+    def again(data, **kwargs):
+        weights = {"data": data, "model_kwargs": kwargs}
+        return datasets.load_again(weights, tmp_path / "faces" if "folder" in data else tmp_path, "cpu")
+
+    for data in ("digits", "digits (bundled, in place of mnist)", "digits without 4"):
+        test = again(data, image_size=1024)[1]  # a number of pixels
+        assert test.pixels.equal(load(image_size=32)[1].pixels) and not test.normalize and len(test) == 500
+    test = again("digits", image_size=16, image_channels=3)[1]  # a side
+    assert test.pixels.equal(load(image_size=16, channels=3)[1].pixels) and test.normalize
+    assert not again("digits", image_size=16, image_channels=1)[1].normalize
+    (tmp_path / "faces").mkdir()
+    for i in range(12):
+        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / f"faces/{i}.png")
+    assert again("folder faces", image_size=8, image_channels=3)[0].name == "folder faces"
+    with pytest.raises(common.BadInput, match="trained on a folder birds: say where it is with --data_dir"):
+        again("folder birds", image_size=8, image_channels=3)
+
+
 @pytest.mark.parametrize("size", [16, 28, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_any_size_and_both_channel_counts(size, channels):

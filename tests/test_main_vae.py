@@ -140,8 +140,21 @@ def test_a_short_run_writes_the_promised_files_and_learns(tiny, tmp_path):
     assert -history["test loss"][-1] < bound < -history["test loss"][-1] + 30
     encoder, decoder = main_vae.load_model(tmp_path / "out" / "weights_epoch_3.pt")
     x = trainer.test.batch(torch.arange(4))[0]
+    assert encoder(x)[0].equal(encoder(x.flatten(1))[0])  # flat or not
     assert decoder.sample(encoder(x.flatten(1))[0]).equal(trainer.decoder.sample(trainer.encoder(x.flatten(1))[0]))
     assert not encoder.training and not decoder.training
+
+
+def test_a_class_left_out_of_training_is_recorded(tiny, tmp_path):
+    trainer = main_vae.main(*tiny(main_vae, num_epochs=1, exclude_class=4, batch_size=500, **SMALL))
+    for images, share in ((trainer.train, 450), (trainer.test, 50)):
+        assert images.labels.bincount().tolist() == [share] * 4 + [0] + [share] * 5
+    assert trainer.run.history["data"] == ["digits without 4"]
+    assert common.load(tmp_path / "out" / "weights_epoch_1.pt", "main_vae", "decoder")["data"] == "digits without 4"
+    with pytest.raises(common.BadInput, match="exclude_class was 4, is -1"):
+        main_vae.main(*tiny(main_vae, num_epochs=2, batch_size=500, **SMALL))
+    everything = main_vae.main(*tiny(main_vae, num_epochs=0, resume=False, **SMALL))
+    assert everything.train.name == "digits" and len(everything.train) == 4500
 
 
 def test_a_continued_run_ends_with_the_bytes_of_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
@@ -158,7 +171,8 @@ def test_a_continued_run_ends_with_the_bytes_of_an_uninterrupted_one(tiny, tmp_p
 @pytest.mark.parametrize("wrong, message", [(dict(image_size=785), "785 is no square number"),
                                             (dict(normalize=True), "legal: false"), (dict(latent_dim=0), ">= 1"),
                                             (dict(iwae_samples=-1), ">= 0"), (dict(lr_half_life=-1.0), ">= 0"),
-                                            (dict(dataset_type="sprites"), "mnist | cifar10")])
+                                            (dict(dataset_type="sprites"), "mnist | cifar10"),
+                                            (dict(exclude_class=10), "digits has no images of label 10")])
 def test_what_cannot_be_is_refused(wrong, message, tiny):
     with pytest.raises(common.BadInput, match=message):
         main_vae.main(*tiny(main_vae, **{**SMALL, **wrong}))
