@@ -21,7 +21,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from common import PROCESSES, RANK, BadInput, first_process_first, say, write
+from common import PROCESSES, RANK, BadInput, say, write
+from training import first_process_first
 
 STALL_SECONDS = 15  # a download that grows by no byte for so long is given up
 PLACES = {"mnist": "MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz",
@@ -80,7 +81,7 @@ class Images:
 
 
 class Stream:
-    """`images` without end, pass after pass, cut into periods of `steps` steps: what common.Run takes for epochs."""
+    """`images` without end, pass after pass, cut into periods of `steps` steps: what training.Run takes for epochs."""
 
     def __init__(self, images, batch_size, steps):
         self.images, self.batch_size, self.steps = images, batch_size, steps  # batch_size: images a step

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 import common
 import datasets
 import fid
+import training
 
 model_kwargs = {
     "latent_dim": 128,  # >= 2; entries of the latent vector z ~ N(0, I)
@@ -182,7 +183,7 @@ class Trainer:
             loss = loss + self.gp_weight * penalty
         self.discriminator_optimizer.zero_grad()
         loss.backward()
-        common.average_gradients(self.discriminator_optimizer)
+        training.average_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
         return values
 
@@ -193,7 +194,7 @@ class Trainer:
         self.discriminator.train()
         self.generator_optimizer.zero_grad()
         loss.backward(inputs=list(self.generator.parameters()))  # spares the gradients of D's weights
-        common.average_gradients(self.generator_optimizer)
+        training.average_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.average()
         return loss
@@ -275,7 +276,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     iterations, each, d_steps = (options[key] for key in ("num_iterations", "eval_every", "d_steps"))
     if iterations % each or each % d_steps:
         raise common.BadInput(f"eval_every {each} must divide num_iterations {iterations}, and d_steps {d_steps} it")
-    run = common.Run(__file__, model_kwargs, dataset_kwargs, num_epochs=iterations // each, sample_every=1, **options)
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, num_epochs=iterations // each, sample_every=1, **options)
     run.unit, run.each = "iteration", each  # more iterations than that would need another slope of the learning rate
     run.model_kwargs["image_size"] = dataset_kwargs["image_size"]  # sampling rebuilds the networks from these
     train, test = datasets.load_data(**dataset_kwargs, shuffle=True, channels=3, device=run.device)

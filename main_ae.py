@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import common
 import datasets
+import training
 
 model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with another beta
@@ -164,7 +165,7 @@ class Trainer:
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
-        common.average_gradients(self.optimizer)
+        training.average_gradients(self.optimizer)
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)  # of some 400 to 500 for a sum over pixels
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
@@ -248,7 +249,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     if trainer_kwargs["experiment"] != "none":
         return compare(model_kwargs, dataset_kwargs, trainer_kwargs)
     trainer_kwargs = {key: value for key, value in trainer_kwargs.items() if key != "experiment"}
-    run = common.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
     size = dataset_kwargs["image_size"]
     if size % 8:
         raise common.BadInput(f"image_size {size} cannot be halved three times; legal: multiples of 8")

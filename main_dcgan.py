@@ -14,6 +14,7 @@ from torch.nn import functional as F
 import common
 import datasets
 import fid
+import training
 
 model_kwargs = {
     "latent_dim": 100,  # >= 1; entries of the latent vector z ~ N(0, I)
@@ -149,14 +150,14 @@ class Trainer:
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        common.average_gradients(self.discriminator_optimizer)
+        training.average_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
         # G is judged by the D that has just learnt; `inputs` spares the gradients of D's weights
         g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
-        common.average_gradients(self.generator_optimizer)
+        training.average_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.average()
 
@@ -221,7 +222,7 @@ def load_generator(weights_path):
 
 def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     """Train with the given settings; returns the Trainer."""
-    run = common.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
     kind = dataset_kwargs["dataset_type"]
     size = dataset_kwargs["image_size"] or {"mnist": 28, "digits": 28, "sprites": 16}.get(kind, 32)
     channels = 1 if kind == "mnist" else model_kwargs["image_channels"]

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import common
 import datasets
+import training
 
 model_kwargs = {
     "hidden_size": 1024,  # >= 1; width of the two hidden layers of encoder and decoder
@@ -166,7 +167,7 @@ class Trainer:
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
-        common.average_gradients(self.optimizer)
+        training.average_gradients(self.optimizer)
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
 
@@ -241,7 +242,7 @@ def load_model(weights_path):
 
 def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     """Train with the given settings; returns the Trainer."""
-    run = common.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
     image_size = model_kwargs["image_size"]
     side = math.isqrt(image_size)
     if side**2 != image_size:

@@ -36,13 +36,13 @@ import main_vae
 FIRST_STEP = """
 import os, resource, runpy, sys
 sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import common
+import training
 def log(self, values):
     [value.item() for value in values.values()]
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
     sys.stdout.flush()
     os._exit(0)
-common.Run.log = log
+training.Run.log = log
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

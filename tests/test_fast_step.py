@@ -5,11 +5,11 @@ import types
 import pytest
 import torch
 
-import common
 import main_ae
 import main_dcgan
 import main_gan
 import main_vae
+import training
 
 
 class Recorder:
@@ -63,7 +63,7 @@ def test_recorded_steps_are_the_plain_steps(tiny, monkeypatch):
     trainer, state, batches = prepare(tiny)
     rows, weights = train(trainer, state, batches, trainer.step)
     trainer, state, batches = prepare(tiny)
-    fast = common._Graph(trainer.step, trainer.run)
+    fast = training._Graph(trainer.step, trainer.run)
     recorder = Recorder(monkeypatch, trainer, fast)
     fast_rows, fast_weights = train(trainer, state, batches, fast)
     assert (recorder.recorded, recorder.replayed) == (1, 5)  # nine steps: three of warm-up, one short
@@ -75,7 +75,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(tiny, monkeypatch, capsys)
     trainer, state, batches = prepare(tiny)
     rows, _ = train(trainer, state, batches, trainer.step)
     trainer, state, batches = prepare(tiny)
-    fast = common._Graph(trainer.step, trainer.run)
+    fast = training._Graph(trainer.step, trainer.run)
     recorder = Recorder(monkeypatch, trainer, fast)
 
     @contextlib.contextmanager
@@ -98,7 +98,7 @@ def test_without_a_gpu_or_switched_off_it_is_the_plain_step(tiny):
     run.cuda_graph = False
     assert run.fast_step(step) is step
     run.cuda_graph = True
-    assert isinstance(run.fast_step(step), common._Graph)
+    assert isinstance(run.fast_step(step), training._Graph)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")

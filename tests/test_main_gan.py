@@ -8,6 +8,7 @@ import torch
 
 import common
 import main_gan
+import training
 
 
 def flat(network):
@@ -142,13 +143,13 @@ def test_stopped_in_mid_epoch_it_continues_to_the_same_bytes(number, status, tin
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory is read from /proc")
 def test_memory_stays_flat(tiny, monkeypatch):
-    resident, end_epoch = [], common.Run.end_epoch
+    resident, end_epoch = [], training.Run.end_epoch
 
     def end(run, **extra):
         end_epoch(run, **extra)
         resident.append(int(Path("/proc/self/statm").read_text().split()[1]))
 
-    monkeypatch.setattr(common.Run, "end_epoch", end)
+    monkeypatch.setattr(training.Run, "end_epoch", end)
     main_gan.main(*tiny(main_gan, num_epochs=20, batch_size=1500, sample_every=4, generator_hidden_size=8,
                         discriminator_hidden_size=8))
     assert len(resident) == 20
