@@ -5,8 +5,8 @@ paper:  Mirza and Osindero 2014, Conditional Generative Adversarial Nets, https:
 run:    python main_cgan.py                         (--dataset_type sprites for pixel art; any key below is an option)
 writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row a class, a column a z), train_loss_curve_{E}.png, history.csv,
         training.gif, checkpoint.pt (the same command continues from it), weights_epoch_{E}.pt (for sampling)
-expect: MNIST, 3 epochs, seed 0: 98.7 % of 2,000 samples are seen as the digit that was asked for, 96 % in the worst
-        class; diversity within a class at least 0.92 of the data's
+expect: MNIST, 20 epochs, seed 0: a classifier sees the asked digit in 99.9 % of 10,000 samples (99.6 % in the worst
+        class), diversity within a class is 0.91 of the data's (worst 0.85); after 4 epochs 98.9 % (96.9 %) and 0.94
 """
 import io
 
@@ -37,7 +37,7 @@ dataset_kwargs = {
 }
 trainer_kwargs = {
     "num_epochs": 20,  # >= 0; may grow later: the run continues; 0 only checks settings and data
-    "generator_lr": 0.001,  # > 0; Adam's learning rate; see README.md for slower ones
+    "generator_lr": 0.001,  # > 0; Adam's; 0.0002 obeys later; 0.00001 leaves grey blurs after 20 epochs of sprites
     "discriminator_lr": 0.001,  # > 0; Adam's learning rate
     "ema_decay": 0.999,  # in [0, 1); pictures and weights show G averaged over about 1000 steps; 0 is G itself
     "output_dir": "mnist_CGAN",  # everything is written there
@@ -75,7 +75,7 @@ class Generator(nn.Module):
             layers += [nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=False)]
         self.model = nn.Sequential(*layers, nn.Tanh())
         self.apply(init_weights)
-        # five times smaller than z: from N(0, 1) the label drowned z, and each class had one picture (see README.md)
+        # five times smaller than z: from N(0, 1) the label drowned z, and each class had one picture
         nn.init.normal_(self.embedding.weight, 0.0, 0.2)
 
     def forward(self, z, labels):
@@ -227,18 +227,16 @@ class Trainer:
             # 1 is as varied as the data; towards 0 a class has one picture left: mode collapse
             made = fid.distance_within_classes(self.sample(self.fixed_labels, self.fixed_z), self.fixed_labels)
             shares = [made[c] / real for c, real in self.real_distances.items() if c in made] or [float("nan")]
-            columns = ["diversity within class", "diversity within class, worst"]
-            measured = dict(zip(columns, (sum(shares) / len(shares), min(shares))))
-            if self.score:  # nan, not drawn, in the epochs between
-                measured.update(self.score.columns(self.draw if epoch % self.score_every == 0 else None))
-            run.end_epoch(**measured)
+            spread = {"diversity within class": sum(shares) / len(shares), "diversity within class, worst": min(shares)}
+            draw = self.draw if self.score and epoch % self.score_every == 0 else None  # else nan, which is not drawn
+            run.end_epoch(**spread, **(self.score.columns(draw) if self.score else {}))
             if run.sampling:
                 rows, z = self.train.class_names[:50], self.fixed_z[:10]
                 samples = self.sample(torch.arange(len(rows)).repeat_interleave(10), z.repeat(len(rows), 1))
                 save_named_grid(samples, rows, f"{self.train.name}, epoch {epoch}",
                                 run.folder / f"generated_image_epoch_{epoch}.png")
                 panels = {"loss (nats)": ["discriminator loss", "generator loss"],
-                          "probability of being real": ["D(x)", "D(G(z))"], "mean distance, real images = 1": columns}
+                          "probability of being real": ["D(x)", "D(G(z))"], "mean distance, real images = 1": [*spread]}
                 if self.score:
                     panels[f"{self.score.name} (N {self.score.n:,})"] = [self.score.name, "mean class distance"]
                     panels["share seen as the asked class"] = ["asked class", "asked class, worst"]
@@ -292,12 +290,12 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     train, test = datasets.load_data(**{**dataset_kwargs, "image_size": size}, channels=channels, device=run.device)
     if len(train.class_names) < 2:
         raise common.BadInput(f"{train.name} has one class; put each class into a sub-folder, or take main_dcgan.py")
-    conditioning = run.model_kwargs.pop("conditioning")  # D's alone: sampling rebuilds G from the rest
     run.model_kwargs.update(image_channels=channels, image_size=size, num_classes=len(train.class_names))
     features, score = run.trainer_kwargs.pop("score_features"), None
     if trainer_kwargs["score_every"]:
         score = fid.Scorer(train, test, 10000, features, dataset_kwargs["data_dir"])
-    trainer = Trainer(run, train, score, conditioning, **run.trainer_kwargs)
+    # conditioning is D's alone: sampling rebuilds G from the rest
+    trainer = Trainer(run, train, score, run.model_kwargs.pop("conditioning"), **run.trainer_kwargs)
     trainer.fit()
     return trainer
 
