@@ -8,7 +8,8 @@ run:    python gan_cub.py                           (any key below is an option:
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv, weights_best.pt and
         weights_iteration_{I}.pt (for sampling), checkpoint.pt (the same command continues from it);
         an experiment: such a folder for each loss, losses.png, losses.csv
-expect: TODO
+expect: 5,430 other birds (CUB-200 of 2010), width 32, batch 32, lr 0.0008, 4,500 iterations, seed 0, bfloat16: classifier
+        distance (N 2,000) gan 1070, lsgan 636, wgan-gp 278; 5, 4 and 7 CPU minutes of an AMD EPYC core
 """
 import io
 import math
@@ -214,8 +215,7 @@ class Trainer:
     def evaluate(self, iteration):
         """This iteration's row of the history, weights and pictures."""
         run, score, samples = self.run, self.score, self.sample(self.fixed_z)
-        # 1 is as varied as the data; towards 0 the samples become all alike: mode collapse
-        measured = {"diversity": common.mean_distance(samples) / self.real_distance}
+        measured = {"diversity": common.mean_distance(samples) / self.real_distance}  # towards 0 all are alike
         panels = {"loss": ["discriminator loss", "generator loss"], "mean logit": ["real logit", "fake logit"],
                   "mean distance, real images = 1": ["diversity"]}
         if score:
@@ -277,7 +277,6 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs):
         return trainers
     figure, name = drawing.Figure(figsize=(13, 6), layout="constrained"), one.score.name
     axes = figure.subplot_mosaic([["curves", "gan", "lsgan"], ["curves", "wgan-gp", "hinge"]], width_ratios=(2, 1, 1))
-    axes["curves"].set(xlabel="iteration", ylabel=f"{name} (N {one.score.n:,})", yscale="log")
     table = f"loss,best {name},at iteration,last {name},last diversity\n"
     for loss, trainer in trainers.items():
         iterations, scores, diversity = (trainer.run.history[key] for key in ("iteration", name, "diversity"))
@@ -286,7 +285,8 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs):
         axes["curves"].plot(iterations, scores, marker="o", markersize=3, label=loss)
         axes[loss].imshow(image.imread(trainer.run.folder / f"samples_{iterations[-1]}.png"))
         axes[loss].set(title=f"{loss}: {scores[-1]:.4g}", xticks=[], yticks=[])
-    axes["curves"].grid(alpha=0.3, which="both")
+    axes["curves"].grid(alpha=0.3)
+    axes["curves"].set(xlabel="iteration", ylabel=f"{name} (N {one.score.n:,})", xlim=(0, None), ylim=(0, None))
     axes["curves"].legend()
     figure.suptitle(f"gan_cub on {one.train.name}: {name}, and samples after the last iteration", fontsize=10)
     figure.savefig(buffer := io.BytesIO(), dpi=110)
