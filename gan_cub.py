@@ -8,7 +8,8 @@ run:    python gan_cub.py                           (any key below is an option:
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv, weights_best.pt and
         weights_iteration_{I}.pt (for sampling), checkpoint.pt (the same command continues from it);
         an experiment: such a folder for each loss, losses.png, losses.csv
-expect: TODO
+expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations, seed 0, bfloat16,
+        classifier distance, N 2,000: gan 1070, lsgan 636, wgan-gp 278, hinge 762; 18 CPU minutes, AMD EPYC, torch 2.15
 """
 import io
 import math
@@ -55,36 +56,22 @@ trainer_kwargs = {
 }
 
 
-class Sum(nn.Module):
-    """A residual block: residual(x) + shortcut(x)."""
+class ResBlock(nn.Module):
+    """(N, before, H, W) -> (N, after, H', W'), which are 2H or H/2 or H: `scale` is Upsample, AvgPool2d or Identity."""
 
-    def __init__(self, residual, shortcut):
+    def __init__(self, before, after, norm, scale):
         super().__init__()
-        self.residual, self.shortcut = residual, shortcut
+        self.residual = nn.Sequential(
+            norm(before), nn.Identity() if before == 3 else nn.ReLU(),  # a ReLU of pixels would lose the darker half
+            nn.Conv2d(before, after, kernel_size=3, padding=1, bias=norm is nn.Identity),  # batch norm undoes a bias
+            norm(after), nn.ReLU(), scale, nn.Conv2d(after, after, kernel_size=3, padding=1))
+        shortcut = [scale] if isinstance(scale, nn.Identity) else [scale, nn.Conv2d(before, after, kernel_size=1)]
+        if isinstance(scale, nn.Upsample):
+            shortcut.reverse()  # a 1x1 convolution before the repetition gives the same at a quarter of the cost
+        self.shortcut = nn.Sequential(*shortcut)
 
     def forward(self, x):
         return self.residual(x) + self.shortcut(x)
-
-
-def res_block_up(channels):
-    """(N, C, H, W) -> (N, C, 2H, 2W), of the generator."""
-    residual = nn.Sequential(
-        # the second batch norm subtracts the mean, so the convolution before it needs no bias
-        nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
-        nn.BatchNorm2d(channels), nn.ReLU(), nn.Upsample(scale_factor=2, mode="nearest"),
-        nn.Conv2d(channels, channels, kernel_size=3, padding=1))
-    # a 1x1 convolution of repeated pixels is the repetition of its results, at a quarter of the cost
-    return Sum(residual, nn.Sequential(nn.Conv2d(channels, channels, kernel_size=1), nn.Upsample(scale_factor=2)))
-
-
-def res_block(before, after, down):
-    """(N, before, H, W) -> (N, after, H, W), or, if `down`, half of H and W; of the discriminator."""
-    residual = nn.Sequential(
-        # pixels come as they are: a ReLU would lose the darker half of the greys
-        nn.Identity() if before == 3 else nn.ReLU(), nn.Conv2d(before, after, kernel_size=3, padding=1), nn.ReLU(),
-        nn.AvgPool2d(2) if down else nn.Identity(), nn.Conv2d(after, after, kernel_size=3, padding=1))
-    shortcut = nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(before, after, kernel_size=1)) if down else nn.Identity()
-    return Sum(residual, shortcut)
 
 
 class Generator(nn.Module):
@@ -94,7 +81,8 @@ class Generator(nn.Module):
         super().__init__()
         self.model = nn.Sequential(
             nn.Linear(latent_dim, feature_maps * 4 * 4), nn.Unflatten(1, (feature_maps, 4, 4)),
-            *(res_block_up(feature_maps) for _ in range(int(math.log2(image_size / 4)))),
+            *(ResBlock(feature_maps, feature_maps, nn.BatchNorm2d, nn.Upsample(scale_factor=2, mode="nearest"))
+              for _ in range(int(math.log2(image_size / 4)))),
             nn.BatchNorm2d(feature_maps), nn.ReLU(), nn.Conv2d(feature_maps, 3, kernel_size=3, padding=1))
 
     def forward(self, z):
@@ -103,17 +91,13 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, 3, H, W) in [-1, 1] -> logit (N,) float32, which is high for real ones; the critic of WGAN-GP.
-
-    No batch norm: a logit must depend on its own image alone, or the gradient penalty means nothing.
-    """
+    """Images (N, 3, H, W) in [-1, 1] -> logit (N,) float32, high for real ones, each for itself: no batch norm."""
 
     def __init__(self, feature_maps, image_size, spectral_norm):
         super().__init__()
-        self.blocks = nn.Sequential(
-            res_block(3, feature_maps, down=True),
-            *(res_block(feature_maps, feature_maps, down=True) for _ in range(int(math.log2(image_size / 16)))),
-            *(res_block(feature_maps, feature_maps, down=False) for _ in range(2)), nn.ReLU())
+        scales = [nn.AvgPool2d(2)] * int(math.log2(image_size / 8)) + [nn.Identity()] * 2
+        self.blocks = nn.Sequential(*(ResBlock(feature_maps if i else 3, feature_maps, nn.Identity, scale)
+                                      for i, scale in enumerate(scales)), nn.ReLU())
         self.linear = nn.Linear(feature_maps, 1)
         if spectral_norm:  # divides a weight by its largest singular value, which one power step a pass follows
             for layer in [part for part in self.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]:
@@ -146,21 +130,19 @@ def gradient_penalty(critic, real, fake, epsilon):
 class Trainer:
     """Both networks, the averaged generator, the optimisers, and the training loop."""
 
-    def __init__(self, run, train, score, loss, num_iterations, eval_every, d_steps, lr, gp_weight, ema_decay,
-                 precision):
+    def __init__(self, run, train, score, loss, num_iterations, d_steps, lr, gp_weight, ema_decay, precision):
         self.run, self.train, self.score, self.loss, self.d_steps = run, train, score, loss, d_steps
         self.real_loss, self.fake_loss, self.generator_loss = LOSSES[loss]
         self.num_iterations, self.lr, self.gp_weight, self.ema_decay = num_iterations, lr, gp_weight, ema_decay
         kind, kwargs, self.latent_dim = run.device.type, run.model_kwargs, run.model_kwargs["latent_dim"]
-        # no cache of cast weights: one filled without gradients, for D's fakes, would leave G without any
+        # no cache of weights cast to bfloat16: it would go stale, since D's change d_steps times within a step
         self.precision = dict(device_type=kind, dtype=torch.bfloat16, cache_enabled=False,
                               enabled=precision == "bfloat16" or precision == "auto" and kind == "cuda")
         place = dict(device=run.device, memory_format=torch.channels_last)  # channels side by side in memory
         self.generator, self.ema_generator = (Generator(**kwargs).to(**place) for _ in range(2))
         self.ema_generator.requires_grad_(False).eval().load_state_dict(self.generator.state_dict())
         self.discriminator = Discriminator(kwargs["feature_maps"], kwargs["image_size"], loss == "hinge").to(**place)
-        # a learning rate on the device, so that a captured step can change it; fused is one call for all tensors
-        self.lr_now = torch.tensor(lr, device=run.device)
+        self.lr_now = torch.tensor(lr, device=run.device)  # on the device, so that a captured step can change it
         self.generator_optimizer, self.discriminator_optimizer = (
             torch.optim.Adam(network.parameters(), lr=self.lr_now, betas=(0.0, 0.9), fused=True)
             for network in (self.generator, self.discriminator))
@@ -210,10 +192,9 @@ class Trainer:
     def average(self):
         """ema = decay ema + (1 - decay) G, statistics too; the decay grows as (1 + t) / (10 + t) up to ema_decay."""
         t = self.generator.model[-3].num_batches_tracked / (self.d_steps + 1)  # batch norm counts passes, on the device
-        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
         for ema, now in zip(self.ema_generator.state_dict().values(), self.generator.state_dict().values()):
             if ema.is_floating_point():  # counters are not averaged
-                ema.lerp_(now, weight)
+                ema.lerp_(now, (9 / (10 + t)).clamp(min=1 - self.ema_decay))
 
     @torch.no_grad()
     def sample(self, z):
@@ -239,8 +220,7 @@ class Trainer:
     def evaluate(self, iteration):
         """This iteration's row of the history, weights and pictures."""
         run, score, samples = self.run, self.score, self.sample(self.fixed_z)
-        # 1 is as varied as the data; towards 0 the samples become all alike: mode collapse
-        measured = {"diversity": common.mean_distance(samples) / self.real_distance}
+        measured = {"diversity": common.mean_distance(samples) / self.real_distance}  # towards 0 all are alike
         panels = {"loss": ["discriminator loss", "generator loss"], "mean logit": ["real logit", "fake logit"],
                   "mean distance, real images = 1": ["diversity"]}
         if score:
@@ -280,7 +260,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     run.unit, run.each = "iteration", each  # more iterations than that would need another slope of the learning rate
     run.model_kwargs["image_size"] = dataset_kwargs["image_size"]  # sampling rebuilds the networks from these
     train, test = datasets.load_data(**dataset_kwargs, shuffle=True, channels=3, device=run.device)
-    count, features = (run.trainer_kwargs.pop(key) for key in ("score_images", "score_features"))
+    _, count, features = (run.trainer_kwargs.pop(key) for key in ("eval_every", "score_images", "score_features"))
     score = count and fid.Scorer(train, test, count, features, dataset_kwargs["data_dir"], max_share=math.inf,
                                  fall_back=dataset_kwargs["allow_fallback"])
     if score and run.checkpoint and run.checkpoint["epoch"] and score.name not in run.checkpoint["history"]:
@@ -293,8 +273,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
 
 def compare(model_kwargs, dataset_kwargs, trainer_kwargs):
     """Train each loss in a folder of its own, unless that is done; then the scores and samples of all, and a table."""
-    from matplotlib.figure import Figure
-    from matplotlib.image import imread
+    from matplotlib import figure as drawing, image
 
     folder, trainers = trainer_kwargs["output_dir"], {}
     for loss in LOSSES:
@@ -303,19 +282,18 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs):
         trainers[loss] = one = main(model_kwargs, dataset_kwargs, options)
     if not (one.score and one.num_iterations):
         return trainers
-    figure, name = Figure(figsize=(13, 6), layout="constrained"), one.score.name
+    figure, name = drawing.Figure(figsize=(13, 6), layout="constrained"), one.score.name
     axes = figure.subplot_mosaic([["curves", "gan", "lsgan"], ["curves", "wgan-gp", "hinge"]], width_ratios=(2, 1, 1))
-    axes["curves"].set(xlabel="iteration", ylabel=f"{name} (N {one.score.n:,})", yscale="log")
     table = f"loss,best {name},at iteration,last {name},last diversity\n"
     for loss, trainer in trainers.items():
         iterations, scores, diversity = (trainer.run.history[key] for key in ("iteration", name, "diversity"))
         best = scores.index(min(scores))
         table += f"{loss},{scores[best]:.5g},{iterations[best]},{scores[-1]:.5g},{diversity[-1]:.3f}\n"
         axes["curves"].plot(iterations, scores, marker="o", markersize=3, label=loss)
-        axes[loss].imshow(imread(trainer.run.folder / f"samples_{iterations[-1]}.png"))
-        axes[loss].set_title(f"{loss}: {scores[-1]:.4g}", fontsize=9)
-        axes[loss].axis("off")
-    axes["curves"].grid(alpha=0.3, which="both")
+        axes[loss].imshow(image.imread(trainer.run.folder / f"samples_{iterations[-1]}.png"))
+        axes[loss].set(title=f"{loss}: {scores[-1]:.4g}", xticks=[], yticks=[])
+    axes["curves"].grid(alpha=0.3)
+    axes["curves"].set(xlabel="iteration", ylabel=f"{name} (N {one.score.n:,})", xlim=(0, None), ylim=(0, None))
     axes["curves"].legend()
     figure.suptitle(f"gan_cub on {one.train.name}: {name}, and samples after the last iteration", fontsize=10)
     figure.savefig(buffer := io.BytesIO(), dpi=110)

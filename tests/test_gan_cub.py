@@ -79,28 +79,29 @@ def test_shapes_at_every_size(size):
 
 
 def test_upsampling_is_nearest_neighbour_before_the_convolutions():
-    block, x = gan_cub.res_block_up(3).eval(), torch.randn(2, 3, 5, 7)
+    x = torch.randn(2, 6, 5, 7)
+    block = gan_cub.Generator(latent_dim=4, feature_maps=6, image_size=16).model[2].eval()
     norm1, _, conv1, norm2, _, _, conv2 = block.residual
     up = F.interpolate(norm2(conv1(norm1(x).relu())).relu(), scale_factor=2, mode="nearest")
     expected = conv2(up) + block.shortcut[0](F.interpolate(x, scale_factor=2, mode="nearest"))
     assert torch.allclose(block(x), expected, atol=1e-6)
     with torch.no_grad():  # alone: a shortcut that convolves nothing repeats each pixel four times, channel by channel
-        block.shortcut[0].weight.copy_(torch.eye(3)[:, :, None, None])
+        block.shortcut[0].weight.copy_(torch.eye(6)[:, :, None, None])
         block.shortcut[0].bias.zero_()
     assert block.shortcut(x).equal(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
 
 
 def test_downsampling_is_the_mean_of_2x2_before_the_convolutions():
-    block, x = gan_cub.res_block(4, 6, down=True), torch.randn(2, 4, 8, 6)
-    _, conv1, _, _, conv2 = block.residual
+    first, block, flat_block = gan_cub.Discriminator(6, 32, spectral_norm=False).blocks[:3]
+    x = torch.randn(2, 6, 8, 4)
+    _, _, conv1, _, _, _, conv2 = block.residual
     mean = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # (N, C, H/2, 2, W/2, 2)
     assert torch.allclose(mean, F.avg_pool2d(x, 2), atol=1e-6)
     expected = conv2(F.avg_pool2d(conv1(x.relu()).relu(), 2)) + block.shortcut[1](mean)
     assert torch.allclose(block(x), expected, atol=1e-6)
-    flat_block = gan_cub.res_block(4, 4, down=False)
-    _, conv1, _, _, conv2 = flat_block.residual
+    _, _, conv1, _, _, _, conv2 = flat_block.residual
     assert torch.allclose(flat_block(x), x + conv2(conv1(x.relu()).relu()), atol=1e-6)
-    first, pixels = gan_cub.res_block(3, 6, down=True), torch.rand(2, 3, 4, 4) - 1  # all below 0
+    pixels = torch.rand(2, 3, 4, 4) - 1  # all below 0
     assert not torch.allclose(first.residual(pixels), first.residual(pixels / 2)), "dark pixels are seen"
 
 
@@ -131,8 +132,9 @@ def test_losses_equal_the_papers_equations(loss):
     assert np.allclose(measured, expected)
 
 
-def test_penalty_of_a_linear_critic_is_known():
-    weight = torch.randn(3, 8, 8, dtype=torch.float64)
+@pytest.mark.parametrize("scale", [0.01, 1.0])  # a slope below 1 costs as one above does: the penalty has two sides
+def test_penalty_of_a_linear_critic_is_known(scale):
+    weight = scale * torch.randn(3, 8, 8, dtype=torch.float64)
     real, fake = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
     penalty = gan_cub.gradient_penalty(lambda x: (x * weight).sum((1, 2, 3)), real, fake, torch.rand(5, 1, 1, 1))
     assert penalty.item() == pytest.approx((math.sqrt((weight.numpy()**2).sum()) - 1)**2, rel=1e-12)
@@ -380,7 +382,7 @@ def test_without_inception_the_classifier_scores_and_says_so(tiny_cub, tmp_path,
 def test_experiment_compares_the_losses(tiny_cub, tmp_path, quick_classifier, capsys):
     small = dict(experiment="losses", score_images=20, num_iterations=4, eval_every=2)
     trainers = gan_cub.main(*tiny_cub(**small))
-    assert list(trainers) == ["gan", "lsgan", "wgan-gp", "hinge"]
+    assert list(trainers) == ["gan", "lsgan", "wgan-gp", "hinge"] == [trainer.loss for trainer in trainers.values()]
     rows = list(csv.DictReader(open(tmp_path / "out" / "losses.csv")))
     assert [row["loss"] for row in rows] == list(trainers)
     for row, trainer in zip(rows, trainers.values()):
@@ -406,13 +408,17 @@ def test_bfloat16_teaches_both_networks(tiny_cub):
     trainer.lr_now.fill_(1e-3)
     g, d = flat(trainer.generator), flat(trainer.discriminator)
     seen = []
-    trainer.discriminator.blocks[0].residual[1].register_forward_hook(lambda *a: seen.append(a[2].dtype))
+    trainer.discriminator.blocks[0].residual[2].register_forward_hook(lambda *a: seen.append(a[2].dtype))
     values = trainer.step(torch.rand(16, 3, 16, 16))
     assert {value.dtype for value in values.values()} == {torch.float32} and set(seen) == {torch.bfloat16}
     assert not flat(trainer.generator).equal(g) and not flat(trainer.discriminator).equal(d)
-    # every tensor of G learns: none of its weights was cast without a gradient
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in trainer.generator.named_parameters()
                if "bias" not in name)
+    with torch.autocast(**trainer.precision):
+        assert trainer.discriminator(torch.ones(2, 3, 16, 16)).abs().min() > 0
+        for p in trainer.discriminator.parameters():
+            p.data.zero_()
+        assert trainer.discriminator(torch.ones(2, 3, 16, 16)).abs().max() == 0, "a step sees the weights as they are"
 
 
 # ------------------------------------------------------------------------------------------- the birds' archive
