@@ -82,7 +82,8 @@ class Artist:
     def __init__(self, weights_path, data_dir, device):
         self.path, weights, load = common.open_weights(weights_path, "load_generator", "load_model")
         kwargs, networks, self.device = weights["model_kwargs"], load(self.path), device
-        self.title = f"{weights['script']} on {weights['data']}, epoch {weights['epoch']}"
+        when = Path(self.path).stem.removeprefix("weights_").replace("_", " ")  # such as epoch 20
+        self.title = f"{weights['script']} on {weights['data']}, {when}"
         self.latents = kwargs.get("latent_variable_size") or kwargs["latent_dim"]
         self.encoder, self.vectors, self.low, self.has_prior = None, None, -1, kwargs.get("model_type") != "ae"
         self.mean, self.deviation = torch.zeros(self.latents), torch.ones(self.latents)  # of z
