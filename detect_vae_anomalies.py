@@ -5,7 +5,8 @@ paper:  An and Cho 2015, Variational Autoencoder based Anomaly Detection using R
 run:    python detect_vae_anomalies.py              (the newest weights with an encoder; any key below is an option)
         python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4       (then also judged on that digit)
 writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png, anomaly_detection.csv
-expect: TODO
+expect: MNIST, one digit left out, mean AUROC of the ten, 10 epochs: 32 latents reconstruction 0.706, latent distance
+        0.923; 2 latents 0.773, 0.457; pixel distance 0.852; about a minute each of one AMD EPYC core
 """
 import io
 from pathlib import Path
