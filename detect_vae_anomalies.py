@@ -80,6 +80,7 @@ def nearest_distance(points, others):
 class Scorer:
     """The scores of single images: the higher, the stranger. Reconstruction is from z = mu: it has no noise in it."""
 
+    @torch.inference_mode()
     def __init__(self, encoder, decoder, train, samples):
         self.encoder, self.decoder, self.samples = encoder, decoder, samples
         self.scale = (2, -1) if train.normalize else (1, 0)  # from [0, 1] to what the networks take
@@ -87,11 +88,13 @@ class Scorer:
         self.codes = torch.cat([encoder(train.batch(index)[0])[0]
                                 for index in torch.arange(len(train), device=self.pixels.device).split(500)])
 
+    @torch.inference_mode()
     def rebuild(self, images):
         """images (N, C, H, W) in [0, 1] -> their reconstructions from mu, likewise."""
         made = self.decoder.sample(self.encoder(images * self.scale[0] + self.scale[1])[0]).view_as(images)
         return (made - self.scale[1]) / self.scale[0]
 
+    @torch.inference_mode()
     def __call__(self, images):
         """images (N, C, H, W) in [0, 1] -> {score: (N,) float64}; an autoencoder has no KL and no ELBO."""
         parts = [self.score(part.to(self.pixels.device)) for part in images.split(500)]
@@ -218,7 +221,6 @@ def load_others(kind, trained_on, train, o, device):
     return {f"{kind} instead": others.pixels[:o.num_images].cpu() / 255}
 
 
-@torch.inference_mode()
 def main(source_kwargs, detection_kwargs):
     """Write pictures and table; returns {(kind of anomaly, score): {measure: (value, low, high)}}."""
     common.check(__file__, {**source_kwargs, **detection_kwargs})

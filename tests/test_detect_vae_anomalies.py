@@ -222,4 +222,5 @@ def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, 
             common.run(detect.main, detect.source_kwargs, detect.detection_kwargs)
         told = capsys.readouterr().err
         assert stop.value.code == 2 and words in told and told.count("\n") == 1
+        assert told.startswith("detect_vae_anomalies.py: ")
     assert not list(tmp_path.glob("**/anomal*"))
