@@ -203,7 +203,7 @@ def open_weights(path, *loaders):
     """
     wanted, train = LOADERS[loaders[0]]
     if not path:
-        for found in sorted(Path().glob("*/weights_epoch_*.pt"), key=lambda file: file.stat().st_mtime, reverse=True):
+        for found in sorted(Path().glob("*/weights_*.pt"), key=lambda file: file.stat().st_mtime, reverse=True):
             try:
                 return open_weights(str(found), *loaders)
             except BadInput:

@@ -254,16 +254,17 @@ def test_weights_are_opened_by_the_script_that_wrote_them(tmp_path, monkeypatch)
     for age, (folder, script) in enumerate(written):
         common.save(tmp_path / folder / "weights_epoch_1.pt", {"script": script, "model_kwargs": {"age": age}})
         os.utime(tmp_path / folder / "weights_epoch_1.pt", (0, age))
+    os.rename("a/weights_epoch_1.pt", "a/weights_best.pt")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "weights_epoch_2.pt").write_bytes(b"damaged")
     (tmp_path / "stranger.py").write_text("load_generator = 1 / 0")
     monkeypatch.syspath_prepend(tmp_path)
     # the newest that fits, and the first function asked for that its script has
     path, contents, load = common.open_weights("", "load_generator")
-    assert path == "a/weights_epoch_1.pt" and contents["model_kwargs"]["age"] == 2 and load is main_gan.load_generator
+    assert path == "a/weights_best.pt" and contents["model_kwargs"]["age"] == 2 and load is main_gan.load_generator
     assert common.open_weights("", "load_model")[0] == "b/weights_epoch_1.pt"
     assert common.open_weights("c/weights_epoch_1.pt", "load_model", "load_generator")[2] is main_gan.load_generator
     for folder, words in (("a", "main_gan.py is no script .* an encoder and a decoder; .*: python main_vae.py"),
                           ("d", "stranger.py is no script of this collection")):
         with pytest.raises(common.BadInput, match=words):
-            common.open_weights(f"{folder}/weights_epoch_1.pt", "load_model")
+            common.open_weights(str(next((tmp_path / folder).iterdir())), "load_model")

@@ -197,4 +197,5 @@ def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
             common.run(walks.main, walks.source_kwargs, walks.picture_kwargs)
         told = capsys.readouterr().err
         assert stop.value.code == 2 and words in told and told.count("\n") == 1
+        assert told.startswith("latent_space_interpolation.py: ")
     assert [each.name for each in tmp_path.iterdir()] == ["odd.pt"]

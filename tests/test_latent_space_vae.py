@@ -375,4 +375,5 @@ def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, 
             common.run(page.main, page.source_kwargs, page.plane_kwargs)
         told = capsys.readouterr().err
         assert stop.value.code == 2 and words in told and told.count("\n") == 1
+        assert told.startswith("latent_space_vae.py: ")
     assert not list(tmp_path.glob("**/latents*"))
