@@ -188,7 +188,7 @@ def load(path, script, part):
     if script and contents["script"] != script:
         raise BadInput(f"{path} was written by {contents['script']}.py, not by {script}.py")
     if part not in contents:
-        raise BadInput(f"{path} holds no {part}: weights_epoch_E.pt is for sampling, checkpoint.pt for continuing")
+        raise BadInput(f"{path} holds no {part}: weights_*.pt is for sampling, checkpoint.pt for continuing")
     return contents
 
 
@@ -198,7 +198,7 @@ LOADERS = {"load_generator": ("a generator", "main_gan"), "load_model": ("an enc
 def open_weights(path, *loaders):
     """(path, contents, load) of a weights file; load is the first of `loaders` that the script that wrote it has.
 
-    path "": the newest weights_epoch_{E}.pt for which there is one, of the folders in the current one. Only scripts of
+    path "": the newest weights_*.pt for which there is one, of the folders in the current one. Only scripts of
     this collection are imported. Raises BadInput.
     """
     wanted, train = LOADERS[loaders[0]]
@@ -208,7 +208,7 @@ def open_weights(path, *loaders):
                 return open_weights(str(found), *loaders)
             except BadInput:
                 continue  # of another kind, or damaged
-        raise BadInput(f"no folder here holds a weights_epoch_E.pt with {wanted}; train first: python {train}.py")
+        raise BadInput(f"no folder here holds a weights_*.pt with {wanted}; train first: python {train}.py")
     contents, own = load(path, None, "model_kwargs"), Path(__file__).parent.glob("*.py")
     script = contents["script"]
     module = importlib.import_module(script) if script in [file.stem for file in own] else None
@@ -245,8 +245,11 @@ def save_curves(history, panels, title, path):
     from matplotlib.figure import Figure
 
     unit = next(iter(history))  # epoch, or iteration
-    figure = Figure(figsize=(4.8 * len(panels), 3.6), layout="constrained")
-    for axes, (label, columns) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    figure = Figure(figsize=(4.8 * across, 3.6 * down), layout="constrained")
+    for place, (label, columns) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(down, across, place)
         for column in columns:  # a dashed line is the test split's
             points = [(x, y) for x, y in zip(history[unit], history[column]) if y == y]  # nan: not measured
             axes.plot(*(zip(*points) if points else ((), ())), "--" if column.startswith("test") else "-", label=column,

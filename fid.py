@@ -403,7 +403,7 @@ def main(source_kwargs, metric_kwargs):
     common.check(__file__, {**source_kwargs, **metric_kwargs})
     o = SimpleNamespace(**source_kwargs, **metric_kwargs)
     device = common.choose_device(o.device)
-    generated = o.generated or str(max(Path().glob("*/weights_epoch_*.pt"), key=lambda path: path.stat().st_mtime,
+    generated = o.generated or str(max(Path().glob("*/weights_*.pt"), key=lambda path: path.stat().st_mtime,
                                        default="weights_epoch_{E}.pt"))
     fakes = open_source(generated, o.num_images, o.seed, o.data_dir, device)
     against = o.real or f"{getattr(fakes, 'data', '(give --real)')}:train"

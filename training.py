@@ -245,8 +245,9 @@ class Run:
         """Read the epoch's losses so far; stop at the first that is not finite."""
         rows = self.rows[:self.step].cpu()
         for step, column in (~rows.isfinite()).nonzero().tolist()[:1]:
-            raise FloatingPointError(f"{self.names[column]} became {rows[step, column].item()} at epoch {self.epoch}, "
-                                     f"step {step + 1}; {self._last_good()}; try a lower learning rate")
+            raise FloatingPointError(f"{self.names[column]} became {rows[step, column].item()} at "
+                                     f"{self._count(self.epoch)}, step {step + 1}; {self._last_good()}; "
+                                     "try a lower learning rate")
         if self.bar:
             self.bar.set_description(f"{self._count(self.epoch)}/{self.num_epochs * self.each}", refresh=False)
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}, False)

@@ -301,7 +301,8 @@ def test_sprites_under_their_other_names(tmp_path):
     (tmp_path / "packed").mkdir()
     np.savez(tmp_path / "packed" / "sprites.npz", images=pixels, labels=SPRITE_LABELS, class_names=list("abcde"))
     packed = load("sprites", tmp_path / "packed", channels=3, image_size=16)[0]
-    assert first.pixels.equal(packed.pixels) and first.labels.equal(packed.labels) and packed.class_names == list("abcde")
+    assert first.pixels.equal(packed.pixels) and first.labels.equal(packed.labels)
+    assert packed.class_names == list("abcde")
 
 
 @pytest.mark.parametrize("labels", [SPRITE_LABELS - 1, SPRITE_LABELS + 0.5, np.eye(5)[SPRITE_LABELS] * 2,

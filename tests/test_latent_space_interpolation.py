@@ -187,7 +187,7 @@ def test_a_conditional_generator_is_walked_between_its_classes(tmp_path, monkeyp
 def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     common.save(tmp_path / "odd.pt", {"script": "common", "model_kwargs": {}})
-    for options, words in (([], "no folder here holds a weights_epoch_E.pt with a generator; train first"),
+    for options, words in (([], "no folder here holds a weights_*.pt with a generator; train first"),
                            (["--weights_path", "none.pt"], "there is no file none.pt"),
                            (["--weights_path", "odd.pt"], "common.py is no script of this collection that has a gen"),
                            (["--steps", "1"], "steps is 1; legal: >= 2"), (["--sweep", "0"], "legal: > 0"),

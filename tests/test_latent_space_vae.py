@@ -364,7 +364,7 @@ def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, 
     networks = main_vae.Encoder(**weights["model_kwargs"]), main_vae.Decoder(**weights["model_kwargs"])
     common.save("few.pt", {**weights, "data": "folder few", "encoder": networks[0].state_dict(),
                            "decoder": networks[1].state_dict()})
-    for options, words in (([], "a weights_epoch_E.pt with an encoder and a decoder; train first: python main_vae.py"),
+    for options, words in (([], "a weights_*.pt with an encoder and a decoder; train first: python main_vae.py"),
                            (["--weights_path", "out/weights_epoch_1.pt"], "main_gan.py is no script of this collection "
                             "that has an encoder and a decoder; train one that has: python main_vae.py"),
                            (["--weights_path", "line.pt"], "line.pt: 1 latents, 500 test images; a plane takes 2"),
