@@ -9,14 +9,16 @@ import pytest
 import torch
 
 import common
+import fid
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-PAGE_TEXTS = [page.read_text(encoding="utf-8") for page in PAGES]
+PAGE_TEXTS = [re.sub(r"\\\n +", "", page.read_text(encoding="utf-8")).replace("$folder", "mnist_VAE_without_4")
+              .replace("$digit", "4") for page in PAGES]
 BLOCKS = [block for text in PAGE_TEXTS for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
 INLINE = [line for text in PAGE_TEXTS for line in re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)]
 COMMANDS = sorted({re.split(r"  +|#", line)[0].strip() for block in [*BLOCKS, *INLINE] for line in block.splitlines()
-                   for line in line.split(" && ") if line.startswith(("python ", "torchrun "))})
+                   for line in line.strip().split(" && ") if line.startswith(("python ", "torchrun "))})
 # what shrinks a command to seconds, where the script has the key; later options win
 SMALL = {"num_epochs": 0, "num_iterations": 0, "num_images": 50, "num_points": 50, "num_train": 50, "batch_size": 50,
          "features": "classifier", "score_features": "classifier", "other_data": "none", "bootstrap": 20, "rows": 2,
@@ -32,10 +34,11 @@ def folder(tmp_path_factory):
     """A folder with pictures in it and, wherever a command names weights, weights of the script that it belongs to."""
     folder = tmp_path_factory.mktemp("readme")
     for i in range(60):
-        common.save_grid(torch.rand(1, 3, 32, 32), folder / "path" / "to" / "pictures" / f"{i % 2}" / f"{i}.png", 1, 0)
+        for place in ("path/to/pictures", "data/CUB_200_2010_32"):
+            common.save_grid(torch.rand(1, 3, 32, 32), folder / place / f"{i % 2}" / f"{i}.png", 1, 0)
     made = {}
-    for command in ["--weights mnist_VAE/weights_epoch_50.pt", *COMMANDS]:
-        for path in re.findall(r"(?:^|\s)(\w+/weights_\w+\.pt)", command):
+    for text in PAGE_TEXTS:
+        for path in re.findall(r'[ "](\w+/weights_\w+\.pt)', text):
             kind = path.split("/")[0].split("_", 1)[1].split("_without")[0]
             script = importlib.import_module({"GAN": "main_dcgan" if path.startswith("cifar10") else "main_gan",
                                               "DCGAN": "main_dcgan", "CGAN": "main_cgan", "VAE": "main_vae",
@@ -71,6 +74,7 @@ def test_command(command, folder, monkeypatch, capsys):
     if script.__name__ == "fid" and "--real" not in words:
         small += ["--real", "digits:train"]
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(fid, "CLASSIFIER_STEPS", 5)
     monkeypatch.setattr(sys, "argv", [*words[1:], *small])
     if "--help" in words:
         with pytest.raises(SystemExit, match="^0$"):
