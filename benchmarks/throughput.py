@@ -28,7 +28,9 @@ from torchvision import transforms
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+import gan_cub
 import main_ae
+import main_cgan
 import main_dcgan
 import main_gan
 import main_vae
@@ -65,25 +67,52 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def gan_step(trainer):
-    """The textbook's step of main_gan and main_dcgan: D's loss runs back into G, G's loss into D's weights."""
+    """The textbook's step of main_gan, _dcgan, _cgan: D's loss runs back into G, G's loss into D's weights."""
     g, d = trainer.generator, trainer.discriminator
-    latent = getattr(trainer, "latent_size", 0) or trainer.latent_dim
+    latent = getattr(trainer, "latent_size", 0) or getattr(trainer, "latent_dim", 0) or g.latent_dim
     real_label, fake_label = getattr(trainer, "labels", (1.0, 0.0))
     g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999)) for network in (g, d))
     bce = nn.BCEWithLogitsLoss()
 
-    def step(real, labels):
-        fake = g(torch.randn(len(real), latent))
-        d_loss = (bce(d(real), torch.full((len(real),), real_label)) +
-                  bce(d(fake), torch.full((len(real),), fake_label)))
+    def step(real, *labels):
+        fake = g(torch.randn(len(real), latent), *labels)
+        d_loss = (bce(d(real, *labels), torch.full((len(real),), real_label)) +
+                  bce(d(fake, *labels), torch.full((len(real),), fake_label)))
         d_adam.zero_grad()
         d_loss.backward()
         d_adam.step()
-        g_loss = bce(d(g(torch.randn(len(real), latent))), torch.ones(len(real)))
+        g_loss = bce(d(g(torch.randn(len(real), latent), *labels), *labels), torch.ones(len(real)))
         g_adam.zero_grad()
         g_loss.backward()
         g_adam.step()
         d_loss.item(), g_loss.item()
+
+    return step
+
+
+def wgan_step(trainer):
+    """The textbook's step of gan_cub: d_steps iterations of the critic with gradient penalty, then one of G."""
+    g, d = trainer.generator, trainer.discriminator
+    g_adam, d_adam = (torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.0, 0.9)) for network in (g, d))
+
+    def step(images):
+        for real in images.chunk(trainer.d_steps):
+            fake = g(torch.randn(len(real), trainer.latent_dim))
+            epsilon = torch.rand(len(real), 1, 1, 1)
+            mixed = (epsilon * real + (1 - epsilon) * fake.detach()).requires_grad_()
+            logits = d(mixed)
+            gradient, = torch.autograd.grad(logits, mixed, torch.ones_like(logits), create_graph=True)
+            penalty = ((gradient.flatten(1).norm(2, dim=1) - 1)**2).mean()
+            d_loss = d(fake).mean() - d(real).mean() + trainer.gp_weight * penalty
+            d_adam.zero_grad()
+            d_loss.backward()
+            d_adam.step()
+            d_loss.item(), penalty.item()
+        g_loss = -d(g(torch.randn(len(real), trainer.latent_dim))).mean()
+        g_adam.zero_grad()
+        g_loss.backward()
+        g_adam.step()
+        g_loss.item()
 
     return step
 
@@ -94,7 +123,7 @@ def vae_step(trainer):
     parameters = [*encoder.parameters(), *decoder.parameters()]
     adam = torch.optim.Adam(parameters, lr=1e-3)
 
-    def step(x, labels):
+    def step(x):
         mu, logvar = encoder(x)
         std = torch.exp(0.5 * logvar)
         output = decoder(mu + std * torch.randn_like(std))
@@ -114,53 +143,70 @@ def vae_step(trainer):
     return step
 
 
-# script: (the textbook's step, images are flattened, side, channels, copies of the digits that make up the real size,
+def flat(images, labels):
+    return images.flatten(1),
+
+
+def alone(images, labels):
+    return images,
+
+
+def both(images, labels):
+    return images, labels
+
+
+# script: (the textbook's step, what a step takes, side, channels, copies of the digits that make up the real size,
 #          steps a round, settings other than the defaults)
+SMALL = {"feature_maps": 32, "batch_size": 32, "score_images": 0}  # at full size a step of gan_cub takes a minute
 CASES = {
-    "main_gan": (main_gan, gan_step, True, 28, 1, 14, 200, {}),
-    "main_vae": (main_vae, vae_step, True, 28, 1, 14, 20, {}),
-    "main_vae, batch 16": (main_vae, vae_step, True, 28, 1, 14, 60, {"batch_size": 16}),
-    "main_dcgan": (main_dcgan, gan_step, False, 32, 3, 12, 8, {}),
-    "main_ae": (main_ae, vae_step, False, 32, 3, 12, 1, {}),
+    "main_gan": (main_gan, gan_step, flat, 28, 1, 14, 200, {}),
+    "main_vae": (main_vae, vae_step, flat, 28, 1, 14, 20, {}),
+    "main_vae, batch 16": (main_vae, vae_step, flat, 28, 1, 14, 60, {"batch_size": 16}),
+    "main_dcgan": (main_dcgan, gan_step, alone, 32, 3, 12, 8, {}),
+    "main_cgan": (main_cgan, gan_step, both, 28, 1, 14, 12, {"image_channels": 1}),
+    "main_ae": (main_ae, vae_step, alone, 32, 3, 12, 1, {}),
+    "gan_cub, small": (gan_cub, wgan_step, alone, 32, 3, 2, 1, SMALL),
 }
 
 
 def build(module, side, channels, copies, settings, folder):
     """A trainer at the script's defaults, on the bundled digits repeated to the size of the real data."""
-    dataset_kwargs = {**module.dataset_kwargs, "dataset_type": "digits", **settings}
-    if "image_size" in dataset_kwargs:
-        dataset_kwargs["image_size"] = side
-    trainer_kwargs = {**module.trainer_kwargs, "num_epochs": 0, "device": "cpu", "output_dir": folder}
-    trainer = module.main(module.model_kwargs, dataset_kwargs, trainer_kwargs)
-    assert trainer.train.pixels.shape[1:] == (channels, side, side)
-    trainer.train.pixels = trainer.train.pixels.repeat(copies, 1, 1, 1)
-    trainer.train.labels = trainer.train.labels.repeat(copies)
+    dicts = [dict(kwargs) for kwargs in (module.model_kwargs, module.dataset_kwargs, module.trainer_kwargs)]
+    chosen = {"dataset_type": "digits", "image_size": side, "num_epochs": 0, "num_iterations": 0, "device": "cpu",
+              "output_dir": folder, **settings}
+    for kwargs in dicts:
+        kwargs.update({key: value for key, value in chosen.items() if key in kwargs and type(value) is type(kwargs[key])
+                       and not (key == "image_size" and kwargs[key] > 100)})
+    trainer = module.main(*dicts)
+    images = getattr(trainer.train, "images", trainer.train)
+    assert images.pixels.shape[1:] == (channels, side, side)
+    images.pixels, images.labels = images.pixels.repeat(copies, 1, 1, 1), images.labels.repeat(copies)
     return trainer
 
 
-def textbook_loop(trainer, textbook, flatten):
+def textbook_loop(trainer, textbook, takes):
     """Yield after each step of the textbook loop; it trains the trainer's own networks."""
-    step = textbook(trainer)
-    loader = torch.utils.data.DataLoader(Pictures(trainer.train), trainer.train.batch_size, shuffle=True)
+    step, images = textbook(trainer), getattr(trainer.train, "images", trainer.train)
+    loader = torch.utils.data.DataLoader(Pictures(images), trainer.train.batch_size, shuffle=True)
     while True:
-        for images, labels in loader:
-            step(images.flatten(1) if flatten else images, labels)
+        for batch in loader:
+            step(*takes(*batch))
             yield
 
 
-def script_loop(trainer, flatten):
+def script_loop(trainer, takes):
     """Yield after each step of the script's own loop, without its pictures."""
     trainer.run.num_epochs = 10**6
     for _ in trainer.run.epochs(trainer.train, {}):
-        for images, _ in trainer.run.batches():
-            trainer.run.log(trainer.step(images.flatten(1) if flatten else images))
+        for batch in trainer.run.batches():
+            trainer.run.log(trainer.step(*takes(*batch)))
             yield
 
 
-def bare_loop(trainer, flatten):
-    images, _ = trainer.train.batch(torch.arange(trainer.train.batch_size))
+def bare_loop(trainer, takes):
+    batch = trainer.train.batch(torch.arange(trainer.train.batch_size))
     while True:
-        trainer.step(images.flatten(1) if flatten else images)
+        trainer.step(*takes(*batch))
         yield
 
 
@@ -173,15 +219,15 @@ def batch_loop(trainer):
 
 def measure(name, rounds):
     """Milliseconds a step of each loop, medians over `rounds`, and medians of the ratios within a round."""
-    module, textbook, flatten, side, channels, copies, steps, settings = CASES[name]
+    module, textbook, takes, side, channels, copies, steps, settings = CASES[name]
     default_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         loops, threads = {}, {}
         for loop in ("textbook", "script", "bare", "batch"):
             torch.set_num_threads(default_threads)
             trainer = build(module, side, channels, copies, settings, f"{folder}/{loop}")
-            loops[loop] = {"textbook": lambda t: textbook_loop(t, textbook, flatten),
-                           "script": lambda t: script_loop(t, flatten), "bare": lambda t: bare_loop(t, flatten),
+            loops[loop] = {"textbook": lambda t: textbook_loop(t, textbook, takes),
+                           "script": lambda t: script_loop(t, takes), "bare": lambda t: bare_loop(t, takes),
                            "batch": batch_loop}[loop](trainer)
             threads[loop] = default_threads if loop == "textbook" else torch.get_num_threads()
         times = {loop: [] for loop in loops}
@@ -203,7 +249,8 @@ def measure(name, rounds):
     row = {"batch": trainer.train.batch_size, "threads": threads["script"],
            **{f"{loop}, ms": statistics.median(values) for loop, values in times.items()},
            "textbook / script": ratio("textbook", "script"), "bare / script": ratio("bare", "script"),
-           "script, s an epoch": statistics.median(times["script"]) / 1e3 * len(trainer.train.order(0, 1)), **first(module)}
+           "script, s an epoch": statistics.median(times["script"]) / 1e3 * len(trainer.train.order(0, 1)),
+           **first(module)}
     del row["batch, ms"]
     row["batch, % of script"] = 100 * ratio("batch", "script")
     return row

@@ -53,7 +53,7 @@ def step(trainer, real, undo):
 
 
 def measure(name, rounds=15):
-    module, _, flatten, side, channels, copies, steps, settings = CASES[name]
+    module, _, takes, side, channels, copies, steps, settings = CASES[name]
     undos = ["", *(undo for undo in UNDONE if module is main_gan or undo != "one pass of D over both halves")]
     times = {undo: [] for undo in undos}
     with tempfile.TemporaryDirectory() as folder:
@@ -77,8 +77,7 @@ def measure(name, rounds=15):
                 torch.set_num_threads(3 - threads if undo == "the script's number of threads" else threads)
                 begun = time.perf_counter()
                 for _ in range(max(1, steps // 2)):
-                    real = next(feeds[undo])[0]
-                    step(trainer, real.flatten(1) if flatten else real, undo)
+                    step(trainer, *takes(*next(feeds[undo])), undo)
                 if number:  # the first round warms up
                     times[undo].append(time.perf_counter() - begun)
     print(f"{name}: {statistics.median(times['']) / max(1, steps // 2) * 1e3:.2f} ms a step with {threads} threads")

@@ -1,6 +1,7 @@
 import errno
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -191,7 +192,7 @@ def test_failed_write_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
 
 
 def test_full_disk_is_said_before_training(tiny, monkeypatch):
-    monkeypatch.setattr(common.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
     # 283,920 + 267,009 weights of 4 bytes, as weights and two moments and a little more, in two files: 8 times
     with pytest.raises(common.BadInput, match="1 MiB free; checkpoints need 17 MiB"):
         main_gan.main(*tiny(main_gan))
