@@ -256,6 +256,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     channels = 1 if dataset_kwargs["dataset_type"] == "mnist" else model_kwargs["image_channels"]
     run.model_kwargs.update(image_channels=channels, image_size=size)  # loading rebuilds the networks from these
     train, test = datasets.load_data(**dataset_kwargs, channels=channels, device=run.device, normalize=channels == 3)
+    training.keep_freed_memory()
     trainer = Trainer(run, train, test, **run.trainer_kwargs)
     trainer.fit()
     return trainer

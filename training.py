@@ -4,6 +4,7 @@ Nothing about a model is in here: no network, no loss, no optimiser step. A scri
 """
 import contextlib
 import csv
+import ctypes
 import io
 import os
 import random
@@ -65,6 +66,17 @@ def average_gradients(optimizer):
 
 
 # --------------------------------------------------------------------------------------------------------- run
+
+
+def keep_freed_memory():
+    """On Linux: let the memory of large tensors be used again rather than handed back to the system at every step.
+
+    glibc maps blocks above 32 MiB anew each time, and the system zeroes them: main_ae's step took 592 ms, so 485.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end given back
 
 
 class Run:

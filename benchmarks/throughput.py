@@ -11,6 +11,7 @@ prints: a table of medians over rounds in which the loops take turns, and writes
         first     from the command to the end of the first step on the bundled digits, over the time of
                   `python -c "import torch, torchvision"`; help: the same for --help
 """
+import ctypes
 import json
 import os
 import statistics
@@ -34,6 +35,7 @@ import main_cgan
 import main_dcgan
 import main_gan
 import main_vae
+import training
 
 FIRST_STEP = """
 import os, resource, runpy, sys
@@ -164,7 +166,7 @@ CASES = {
     "main_vae, batch 16": (main_vae, vae_step, flat, 28, 1, 14, 60, {"batch_size": 16}),
     "main_dcgan": (main_dcgan, gan_step, alone, 32, 3, 12, 8, {}),
     "main_cgan": (main_cgan, gan_step, both, 28, 1, 14, 12, {"image_channels": 1}),
-    "main_ae": (main_ae, vae_step, alone, 32, 3, 12, 1, {}),
+    "main_ae": (main_ae, vae_step, alone, 32, 3, 12, 4, {}),
     "gan_cub, small": (gan_cub, wgan_step, alone, 32, 3, 2, 1, SMALL),
 }
 
@@ -217,6 +219,13 @@ def batch_loop(trainer):
             yield
 
 
+def hand_back_freed_memory():
+    """Undo training.keep_freed_memory: the textbook has glibc's own settings, at the end of their adaptation."""
+    libc = ctypes.CDLL(None)
+    for option, value in ((-4, 65536), (-3, 32 * 2**20), (-1, 64 * 2**20)):
+        libc.mallopt(option, value)
+
+
 def measure(name, rounds):
     """Milliseconds a step of each loop, medians over `rounds`, and medians of the ratios within a round."""
     module, textbook, takes, side, channels, copies, steps, settings = CASES[name]
@@ -233,6 +242,8 @@ def measure(name, rounds):
         times = {loop: [] for loop in loops}
         for number in range(rounds + 1):
             for loop, generator in loops.items():
+                if module is main_ae and sys.platform == "linux":
+                    training.keep_freed_memory() if loop != "textbook" else hand_back_freed_memory()
                 torch.set_num_threads(threads[loop])
                 begun = time.perf_counter()
                 for _ in range(steps):
