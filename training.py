@@ -110,6 +110,8 @@ class Run:
         except OSError as error:
             raise BadInput(f"output_dir {output_dir} cannot be written: {error.strerror}")
         self.device = choose_device(device)
+        if self.device.type == "cuda" and self.device.index is not None:
+            torch.cuda.set_device(self.device)  # graphs and messages between processes go by the current GPU
         join_processes(self.device)
         if num_threads:
             torch.set_num_threads(min(num_threads, os.cpu_count()))

@@ -1,6 +1,6 @@
 """Training speed of the scripts beside the textbook loop and the bare step: same networks, batch, data, one run.
 
-run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]      (on an otherwise idle machine; ten minutes, or one)
+run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]      (on an otherwise idle machine; eight minutes, or fewer)
 prints: a table of medians over rounds in which the loops take turns, and writes it to throughput.json
         textbook  DataLoader, ToTensor, Normalize; losses that also compute the gradients nobody uses; plain Adam;
                   losses read at every step; torch's own number of threads
