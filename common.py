@@ -125,6 +125,16 @@ def choose_device(device):
         raise BadInput(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}")
 
 
+def use_bfloat16(precision, device):
+    """Whether networks compute in bfloat16: `precision` says, or if it is auto whether the device is fast at it."""
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if precision == "auto" and device.type == "cpu":  # torch before 2.9 cannot tell: float32
+        features = getattr(torch.cpu, "get_capabilities", dict)()
+        return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    return precision == "bfloat16"
+
+
 def seed_everything(seed):
     """One seed for torch (every device), numpy and Python."""
     random.seed(seed)

@@ -16,6 +16,8 @@ def tiny(tmp_path):
     def make(script, **overrides):
         small = {"batch_size": 50, "dataset_type": "digits", "num_epochs": 2, "sample_every": 10, "num_threads": 1,
                  "device": "cpu", "output_dir": str(tmp_path / "out"), "data_dir": str(tmp_path / "data"), **overrides}
+        if "precision" in script.trainer_kwargs:  # equal numbers on every machine
+            small.setdefault("precision", "float32")
         dicts = [copy.deepcopy(getattr(script, name)) for name in ("model_kwargs", "dataset_kwargs", "trainer_kwargs")]
         for kwargs in dicts:
             kwargs.update({key: small.pop(key) for key in list(small) if key in kwargs})

@@ -235,6 +235,20 @@ def test_mean_distance_is_that_of_all_pairs():
     assert common.mean_distance(images[:1].expand(5, -1, -1, -1)) == 0
 
 
+@pytest.mark.parametrize("features, fast", [({"avx512_bf16": True, "avx2": True}, True), ({"amx_bf16": True}, True),
+                                            ({"avx512_bf16": False, "avx512_f": True}, False), ({}, False)])
+def test_auto_takes_bfloat16_where_the_processor_has_it(features, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
+    cpu = torch.device("cpu")
+    assert common.use_bfloat16("auto", cpu) == fast
+    assert common.use_bfloat16("bfloat16", cpu) and not common.use_bfloat16("float32", cpu)
+    assert not common.use_bfloat16("auto", torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not common.use_bfloat16("auto", torch.device("cuda"))
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not common.use_bfloat16("auto", cpu), "a torch that cannot tell"
+
+
 def test_one_seed_covers_torch_numpy_and_python():
     import random
 
