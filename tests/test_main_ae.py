@@ -62,11 +62,12 @@ def test_losses_equal_torch_distributions():
 def test_the_loss_of_an_image_does_not_depend_on_the_batch(channels, tiny, monkeypatch):
     trainer = main_ae.main(*tiny(main_ae, num_epochs=0, **SMALL, image_channels=channels))
     trainer.beta.fill_(0.7)
+    networks = trainer.encoder, trainer.decoder
     monkeypatch.setattr(torch, "randn_like", lambda mu: torch.full_like(mu, 0.5))  # the same noise for every image
     x = torch.rand(6, channels, 8, 8)
-    for one, twice in zip(trainer.losses(x), trainer.losses(torch.cat([x, x]))):
+    for one, twice in zip(trainer.losses(*networks, x), trainer.losses(*networks, torch.cat([x, x]))):
         assert torch.allclose(one, twice)
-    loss, reconstruction, kl = trainer.losses(x)
+    loss, reconstruction, kl = trainer.losses(*networks, x)
     assert torch.allclose(loss, reconstruction + 0.7 * kl) and kl > 0
 
 
@@ -118,19 +119,39 @@ def test_a_step_is_the_textbook_s(trainer, monkeypatch):
 
 def test_train_and_test_losses_agree_on_the_same_images(trainer):
     with torch.no_grad():  # away from the start, so that the noise in z matters
-        trainer.decoder.input_layer.weight.mul_(300)
+        trainer.ema_decoder.input_layer.weight.mul_(300)
     trainer.test.pixels, trainer.test.labels = trainer.train.pixels[:600], trainer.train.labels[:600]
     trainer.beta.fill_(0.3)
     x = trainer.train.batch(torch.arange(600))[0]
     with torch.no_grad():
-        repeats = torch.stack([torch.stack(trainer.losses(x)) for _ in range(20)])
-        around_mu = main_ae.reconstruction_loss(trainer.decoder(trainer.encoder(x)[0]), x)
+        repeats = torch.stack([torch.stack(trainer.losses(trainer.ema_encoder, trainer.ema_decoder, x)) for _ in range(20)])
+        around_mu = main_ae.reconstruction_loss(trainer.ema_decoder(trainer.ema_encoder(x)[0]), x)
     mean, spread, values = repeats.mean(0), repeats.std(0), trainer.evaluate()
     assert abs(values["test_loss"] - mean[0]) < 5 * spread[0]
     assert abs(values["test_reconstruction"] - mean[1]) < 5 * spread[1]
     assert values["test_KL"] == pytest.approx(mean[2].item(), rel=1e-4)
     assert values["test_loss"] == pytest.approx(values["test_reconstruction"] + 0.3 * values["test_KL"])
     assert mean[1] - around_mu > 10 * spread[1], "z is sampled in both"
+
+
+def test_tests_and_weights_are_of_the_average_over_the_last_steps(tiny, tmp_path, monkeypatch):
+    seen = []
+    step = main_ae.Trainer.step
+    monkeypatch.setattr(main_ae.Trainer, "step",
+                        lambda trainer, x: (step(trainer, x), seen.append(flat(trainer.decoder)))[0])
+    trainer = main_ae.main(*tiny(main_ae, num_epochs=2, ema_decay=0.75, **{**SMALL, "batch_size": 900}))
+    average = seen[4]  # the last of the first epoch, and in the second a quarter of each
+    for weights in seen[5:]:
+        average = 0.75 * average + 0.25 * weights
+    weights = common.load(tmp_path / "out" / "weights_epoch_2.pt", "main_ae", "decoder")["decoder"]
+    saved = torch.cat([value.flatten() for value in weights.values()])
+    assert len(seen) == 10 and torch.allclose(saved, average, atol=1e-6)
+    assert not torch.allclose(saved, seen[-1], atol=1e-4)
+    with torch.no_grad():
+        for p in [*trainer.ema_encoder.parameters(), *trainer.ema_decoder.parameters()]:
+            p.zero_()
+    images = trainer.test.batch(torch.arange(500))[0]
+    assert abs(trainer.evaluate()["test_reconstruction"] / images.square().sum() * 500 - 1) < 1e-4
 
 
 def test_linear_schedule(tiny):
@@ -157,7 +178,7 @@ def test_a_short_run_writes_the_promised_files_and_learns(overrides, tiny, tmp_p
     assert history["test reconstruction"][2] < blind, "better than the mean of all images"
     assert history["test reconstruction"][0] > history["test reconstruction"][2]
     encoder, decoder = main_ae.load_model(tmp_path / "out" / "weights_epoch_3.pt")
-    rebuilt = trainer.decoder.sample(trainer.encoder(images)[0])
+    rebuilt = trainer.ema_decoder.sample(trainer.ema_encoder(images)[0])
     assert torch.allclose(decoder.sample(encoder(images)[0]), rebuilt, atol=1e-5)
     assert not encoder.training and not decoder.training
 
