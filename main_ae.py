@@ -42,12 +42,12 @@ trainer_kwargs = {
     "beta": 1.0,  # >= 0; weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear; linear: 0 in epoch 1, beta / beta_epochs more in each, up to beta
     "beta_epochs": 20,  # >= 1; of the linear schedule: beta itself is reached in the epoch after these
-    "ema_decay": 0.99,  # in [0, 1); tests, pictures, weights: of the average over about 100 steps; 0 is the last step's
+    "ema_decay": 0.99,  # in [0, 1); tests, pictures and weights are of networks averaged over about 100 steps; 0: not
     "precision": "auto",  # auto | float32 | bfloat16; of the networks' arithmetic; auto: bfloat16 where it is fast
     "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; trains several settings to compare
     "output_dir": "cifar10_VAE",  # everything is written there
     "sample_every": 5,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # >= 0; of weights, order and noise: on a CPU the same seed gives the same bytes
+    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
     "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
@@ -151,10 +151,9 @@ class Trainer:
         self.encoder, self.decoder = (part(**run.model_kwargs).to(**place) for part in (Encoder, Decoder))
         self.ema_encoder, self.ema_decoder = copy.deepcopy((self.encoder, self.decoder))
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        self.ema_parameters = [*self.ema_encoder.parameters(), *self.ema_decoder.parameters()]
+        self.averaged = [*zip([*self.ema_encoder.parameters(), *self.ema_decoder.parameters()], self.parameters)]
         self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)  # fused: one call for all tensors
-        # on the device, so that they can change in a captured step
-        self.beta, self.ema_weight = torch.zeros((), device=run.device), torch.ones((), device=run.device)
+        self.beta = torch.zeros((), device=run.device)  # on the device, so that it can change in a captured step
         # every picture is drawn from these latents and these test images
         self.fixed_z = torch.randn(49, run.model_kwargs["latent_dim"]).to(run.device)
         self.fixed_images = test.batch(torch.linspace(0, len(test) - 1, 36, device=run.device).long())[0]
@@ -173,16 +172,25 @@ class Trainer:
         self.optimizer.zero_grad()
         loss.backward()
         training.average_gradients(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)  # of some 400 to 500 for a sum over pixels
+        nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)  # a sum over pixels has gradients of length 400 to 500
         self.optimizer.step()
-        with torch.no_grad():  # the last steps' noise cancels in the average: on CIFAR-10 about 4 less in the test loss
-            for ema, now in zip(self.ema_parameters, self.parameters):
-                ema.lerp_(now, self.ema_weight)
+        self.average()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
 
     @torch.no_grad()
+    def average(self):
+        """ema = decay ema + (1 - decay) now, for every weight: the noise of single steps cancels.
+
+        The decay grows from 0.1 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
+        """
+        t = self.optimizer.state[self.parameters[0]]["step"]  # Adam counts the steps, on the device
+        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
+        for ema, now in self.averaged:
+            ema.lerp_(now, weight)
+
+    @torch.no_grad()
     def evaluate(self):
-        """Loss, reconstruction and KL of the test split, averaged networks: formulas, beta, sampled z of training."""
+        """Loss, reconstruction and KL of the averaged networks on the test split, by the formulas of training."""
         networks = self.ema_encoder, self.ema_decoder
         index = torch.arange(len(self.test), device=self.run.device).split(self.test.batch_size)
         sums = [torch.stack(self.losses(*networks, self.test.batch(part)[0])) * len(part) for part in index]
@@ -197,7 +205,6 @@ class Trainer:
         for epoch in run.epochs(self.train, state):
             # epochs count from 1 here, and from 0 in the source of the schedule: 0 to 0.95 beta in 20 epochs
             self.beta.fill_(self.target_beta * (min(1, (epoch - 1) / self.beta_epochs) if self.beta_epochs else 1))
-            self.ema_weight.fill_(1 - self.ema_decay if epoch > 1 else 1)  # the start is not worth remembering
             for images, _ in run.batches():
                 run.log(step(images))
             run.end_epoch(**self.evaluate(), beta=self.beta.item())

@@ -135,17 +135,21 @@ def test_train_and_test_losses_agree_on_the_same_images(trainer):
 
 
 def test_tests_and_weights_are_of_the_average_over_the_last_steps(tiny, tmp_path, monkeypatch):
-    seen = []
-    step = main_ae.Trainer.step
-    monkeypatch.setattr(main_ae.Trainer, "step",
-                        lambda trainer, x: (step(trainer, x), seen.append(flat(trainer.decoder)))[0])
-    trainer = main_ae.main(*tiny(main_ae, num_epochs=2, ema_decay=0.75, **{**SMALL, "batch_size": 900}))
-    average = seen[4]  # the last of the first epoch, and in the second a quarter of each
-    for weights in seen[5:]:
-        average = 0.75 * average + 0.25 * weights
+    seen, step = [], main_ae.Trainer.step
+
+    def watched(trainer, x):
+        seen.append(flat(trainer.decoder))
+        return step(trainer, x)
+
+    monkeypatch.setattr(main_ae.Trainer, "step", watched)
+    trainer = main_ae.main(*tiny(main_ae, num_epochs=2, ema_decay=0.5, **{**SMALL, "batch_size": 900}))
+    seen.append(flat(trainer.decoder))
+    average = seen[0]
+    for t, weights in enumerate(seen[1:], 1):  # from the start; a half is reached at the eighth of ten steps
+        average = average + max(0.5, 9 / (10 + t)) * (weights - average)
     weights = common.load(tmp_path / "out" / "weights_epoch_2.pt", "main_ae", "decoder")["decoder"]
     saved = torch.cat([value.flatten() for value in weights.values()])
-    assert len(seen) == 10 and torch.allclose(saved, average, atol=1e-6)
+    assert len(seen) == 11 and torch.allclose(saved, average, atol=1e-6)
     assert not torch.allclose(saved, seen[-1], atol=1e-4)
     with torch.no_grad():
         for p in [*trainer.ema_encoder.parameters(), *trainer.ema_decoder.parameters()]:
