@@ -24,8 +24,8 @@ from common import PROCESSES, RANK, BadInput, check, choose_device, load, save, 
 
 REFRESH_SECONDS = 1.0  # between two looks at the losses; each look makes the host wait for the device once
 AGREE_STEPS = 16  # of several processes: between two looks at whether one was told to stop
-FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "device", "resume", "allow_fallback",
-                  "cuda_graph"}  # when continuing
+FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "device", "num_threads", "precision", "cuda_graph",
+                  "sample_every", "resume", "allow_fallback"}  # when continuing
 
 
 # --------------------------------------------------------------------------------------------------- processes
@@ -184,7 +184,7 @@ class Run:
             if PROCESSES > 1:
                 self._stay_alike()
             self.step += 1
-            if self.stopped_by if PROCESSES == 1 else self.all_stop:
+            if self.all_stop if PROCESSES > 1 else self.stopped_by:
                 self._look()
                 self._save(self.epoch - 1, self.step)
                 self._give_way()
@@ -232,7 +232,7 @@ class Run:
         for name, value in row.items():
             self.history.setdefault(name, []).append(value)
         if not self.bar:
-            each = (time.monotonic() - self.begun) / max(1, self.step - self.start)  # seconds a step
+            each = max(time.monotonic() - self.begun, 1e-3) / max(1, self.step - self.start)  # seconds a step
             left = round((self.num_epochs - self.epoch) * len(self.sizes) * each)
             numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
             print(f"{self._count(self.epoch)}/{self.num_epochs * self.each}  {numbers}  "
@@ -325,8 +325,8 @@ class _Graph:
     """A training step as one CUDA graph: its hundreds of small kernels are recorded once, then launched in one go.
 
     https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. The first three steps run as they are, on a stream of
-    their own, and count: they are the warm-up that recording asks for. Batches of another shape (an epoch's last) run
-    as they are too. Noise advances as without the graph. The tensors that come back are overwritten by the next step.
+    their own, and count: they are the warm-up that recording asks for. Smaller batches (an epoch's last) run as they
+    are too. Noise advances as without the graph. The tensors that come back are overwritten by the next step.
     """
 
     def __init__(self, step, run):
@@ -344,7 +344,7 @@ class _Graph:
                 values = self.step(*inputs)
             torch.cuda.current_stream().wait_stream(stream)
             return values
-        if self.inputs is None:
+        if self.inputs is None and len(inputs[0]) == max(self.run.sizes):
             self._record(inputs)
         if self.graph is None or [x.shape for x in inputs] != [x.shape for x in self.inputs]:
             return self.step(*inputs)

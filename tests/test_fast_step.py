@@ -54,7 +54,8 @@ def prepare(tiny, device="cpu"):
                                                        "discriminator_optimizer")}
     trainer.run.state = state
     torch.manual_seed(1)
-    shapes = [50] * 6 + [20] + [50] * 2  # the seventh is an epoch's short last batch
+    trainer.run.sizes = [50, 50, 50, 20]
+    shapes = [50] * 3 + [20] + [50] * 5  # after three steps of warm-up, an epoch's short last batch
     index = torch.arange(sum(shapes), device=trainer.run.device).split(shapes)
     return trainer, state, [trainer.train.batch(part)[0].flatten(1) for part in index]
 
