@@ -111,7 +111,7 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
     """
     name = dataset_type
     if dataset_type == "folder":
-        name = f"folder {Path(data_dir).name}"
+        name = f"folder {_name(data_dir)}"
         splits, class_names = _folder(data_dir, image_size, channels, device)
     elif dataset_type == "digits":
         splits, class_names = _digits(channels, num_classes)
@@ -119,6 +119,7 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
         try:
             splits, class_names = (_cub(data_dir, image_size, channels, device, jpeg_quality) if name == "cub" else
                                    _sprites(data_dir) if name == "sprites" else _torchvision(name, data_dir))
+            name += f" (JPEG quality {jpeg_quality})" if jpeg_quality and name == "cub" else ""
         except OSError as error:
             why = (f"{dataset_type} is not in {data_dir}/ and could not be downloaded ({error}); "
                    f"put {PLACES[dataset_type]} there")
@@ -138,14 +139,30 @@ def load_data(dataset_type, data_dir, allow_fallback, batch_size, shuffle, image
     return train, test
 
 
+def left_out(name):
+    """The label that Images of this name, such as `mnist without 4`, were trained without; else None."""
+    found = re.search(r" without (\d+)$", name)
+    return int(found[1]) if found else None
+
+
+def check_folder(name, data_dir):
+    """The dataset_type of Images of this name; raises BadInput if that is a folder, and data_dir another one."""
+    kind, *folder = re.sub(r" without \d+$", "", name).split(maxsplit=1)
+    if kind == "folder" and _name(data_dir) != folder[0]:
+        raise BadInput(f"the weights were trained on a folder {folder[0]}: say where it is with --data_dir")
+    return kind
+
+
+def _name(folder):
+    return Path(folder).resolve().name.replace("$", "_") or "root"  # between two $ matplotlib would set mathematics
+
+
 def load_again(weights, data_dir, device):
     """(train, test) that an encoder was trained on, in the shape and range of its images; never a fallback.
 
     weights: the contents of its weights_epoch_{E}.pt. A class that was left out is there again. Raises BadInput.
     """
-    kwargs, (kind, *name) = weights["model_kwargs"], weights["data"].split(" without ")[0].split(maxsplit=1)
-    if kind == "folder" and Path(data_dir).name != name[0]:
-        raise BadInput(f"the weights were trained on a folder {name[0]}: say where it is with --data_dir")
+    kwargs, kind = weights["model_kwargs"], check_folder(weights["data"], data_dir)
     channels = kwargs.get("image_channels", 1)  # the fully connected networks are grey, and give the number of pixels
     side = kwargs["image_size"] if "image_channels" in kwargs else math.isqrt(kwargs["image_size"])
     return load_data(kind, data_dir, False, 1, False, side, channels, device, normalize=channels == 3)
@@ -428,6 +445,7 @@ def _folder(folder, size, channels, device, whole=False, jpeg_quality=0):
     pixels = torch.from_numpy(pixels).view(len(labels), size, size, channels).permute(0, 3, 1, 2)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
+    class_names = [name.replace("$", "_") for name in class_names]  # see _name
     return [(pixels[train], labels[train]), (pixels[test], labels[test])], class_names
 
 

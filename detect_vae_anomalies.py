@@ -98,7 +98,7 @@ class Scorer:
     def __call__(self, images):
         """images (N, C, H, W) in [0, 1] -> {score: (N,) float64}; an autoencoder has no KL and no ELBO."""
         parts = [self.score(part.to(self.pixels.device)) for part in images.split(500)]
-        return {name: torch.cat([part[name] for part in parts]).double().cpu() for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]).cpu().double() for name in parts[0]}
 
     def score(self, images):
         x = images * self.scale[0] + self.scale[1]
@@ -232,18 +232,18 @@ def main(source_kwargs, detection_kwargs):
     common.seed_everything(o.seed)
     random, anomalies = torch.Generator().manual_seed(o.seed), {}
     pixels = test.pixels.cpu() / 255
-    trained_on, _, left_out = weights["data"].partition(" without ")
-    if left_out:
-        is_clean = test.labels.cpu() != int(left_out)
-        anomalies[f"{test.class_names[int(left_out)]}, never trained on"] = pixels[~is_clean]
-        train.leave_out(int(left_out))
+    left_out = datasets.left_out(weights["data"])
+    if left_out is not None:
+        is_clean = test.labels.cpu() != left_out
+        anomalies[f"{test.class_names[left_out]}, never trained on"] = pixels[~is_clean]
+        train.leave_out(left_out)
         pixels = pixels[is_clean]
     if len(pixels) < 30:
         raise common.BadInput(f"{weights['data']} has {len(pixels)} test images; 30 are the least: ten each to set the "
                               "threshold, to judge it, and to be made anomalous")
     # three parts, so that no image sets the threshold on which it is judged, nor meets a distorted copy of itself
     held_out, judged, spoilt = pixels[torch.randperm(len(pixels), generator=random)].tensor_split(3)
-    anomalies.update(load_others(o.other_data, trained_on.split()[0], train, o, device))
+    anomalies.update(load_others(o.other_data, weights["data"].split()[0], train, o, device))
     anomalies.update(corrupted(spoilt[:o.num_images], random))
     some = torch.linspace(0, len(train) - 1, min(o.num_train, len(train))).round().long().to(device)
     train.pixels, train.labels = train.pixels[some], train.labels[some]

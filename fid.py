@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 import common
 import datasets
+import training
 from common import BadInput
 
 source_kwargs = {
@@ -31,7 +32,7 @@ source_kwargs = {
     "real": "",  # the same kinds; empty: the training images of the data set that the weights were trained on
     "data_dir": "data",  # where the data sets lie or are downloaded to, and Inception's weights
     "num_images": 10000,  # >= 2; generated images; published values mostly take 50000, and fewer give a larger value
-    "seed": 0,  # >= 0; of the latent vectors
+    "seed": 0,  # in [0, 4294967295]; of the latent vectors
 }
 metric_kwargs = {
     "features": "inception",  # inception | classifier; classifier: of a network trained here on the data's own labels
@@ -279,16 +280,22 @@ def of_generator(name, count, generate):
 
 
 def of_weights(path, count, seed, device):
-    """A weights file as a source: its generator, rebuilt by the load_generator of the script that wrote it."""
-    path, weights, load = common.open_weights(path, "load_generator")
-    kwargs = weights["model_kwargs"]
-    generator, random = load(path).to(device).eval(), torch.Generator().manual_seed(seed)
+    """A weights file ("": the newest here) as a source: its generator or decoder, by the script that wrote it."""
+    path, weights, load = common.open_weights(path, "load_generator", "load_model")
+    kwargs, networks, random = weights["model_kwargs"], load(path), torch.Generator().manual_seed(seed)
     z = torch.randn(count, kwargs.get("latent_variable_size") or kwargs["latent_dim"], generator=random).to(device)
-    source = of_generator(path, count, lambda index: generator(z[index]))
+    if isinstance(networks, tuple):  # an encoder and a decoder, which gives grey images in [0, 1], coloured in [-1, 1]
+        decoder, low = networks[1].to(device), 0 if kwargs.get("image_channels", 1) == 1 else -1
+        source = of_generator(path, count, lambda index: (decoder.sample(z[index]) - low) / (1 - low) * 2 - 1)
+    else:
+        generator = networks.to(device)
+        source = of_generator(path, count, lambda index: generator(z[index]))
     if classes := kwargs.get("num_classes"):
         labels = torch.arange(count, device=device) % classes
         source = of_generator(path, count, lambda index: (generator(z[index], labels[index]), labels[index]))
-    source.data, source.num_classes = weights["data"].split()[0], classes
+    compressed = re.search(r"JPEG quality (\d+)", weights["data"])
+    source.data, source.num_classes = weights["data"], classes
+    source.jpeg_quality = int(compressed[1]) if compressed else 0
     return source
 
 
@@ -302,17 +309,19 @@ def open_source(text, count, seed, data_dir, device, like=None):
             return made
         except Exception as error:  # numpy and zipfile raise half a dozen types here
             raise BadInput(f"{text} holds no statistics, mu and sigma ({error!r})")
-    if text.endswith(".pt"):
+    if text.endswith(".pt") or not text:
         return of_weights(text, count, seed, device)
     if Path(text).is_dir():
         return of_folder(text)
     name, _, split = text.partition(":")
-    if name not in (*datasets.PLACES, "digits") or split not in ("train", "test"):
-        raise BadInput(f"{text!r} is no folder, .pt, .npz or {', '.join(datasets.PLACES)}, digits with :train or :test")
+    if name not in (*datasets.PLACES, "digits", "folder") or split not in ("train", "test"):
+        names = ", ".join([*datasets.PLACES, "digits", "folder"])
+        raise BadInput(f"{text!r} is no folder, .pt, .npz or {names} with :train or :test")
     channels, side = (like.read(torch.arange(2))[0][0].shape[1:3] if hasattr(like, "data")
                       else {"mnist": (1, 28), "digits": (1, 28), "sprites": (3, 16)}.get(name, (3, 32)))
     pair = datasets.load_data(name, data_dir, False, 1, False, side, channels, torch.device("cpu"),
-                              num_classes=getattr(like, "num_classes", None))
+                              num_classes=getattr(like, "num_classes", None),
+                              jpeg_quality=getattr(like, "jpeg_quality", 0))
     return of_images(pair, split, data_dir)
 
 
@@ -351,6 +360,7 @@ class Scorer:
     fall_back: a classifier, with a warning, where Inception's weights cannot be had.
     """
 
+    @training.first_process_first()  # what it trains or downloads, the other processes find
     def __init__(self, train, test, n, features, data_dir, resize="clean", max_share=1.0, fall_back=False):
         self.n, self.device, self.max_share, self.spent = n, train.pixels.device, max_share, 0.0
         try:
@@ -369,9 +379,12 @@ class Scorer:
         start = time.monotonic()
         if self.spent > self.max_share * (start - self.begun):
             return math.nan
+        state = torch.mps.get_rng_state() if self.device.type == "mps" else None
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)  # the same z each time, so that from call to call only the generator changes
             fake = measure(of_generator("generated", self.n, lambda i: generate(len(i))), self.features, self.n, 250)
+        if state is not None:
+            torch.mps.set_rng_state(state)
         value, self.class_distances = self.real.distance(fake), self.real.class_distances(fake)
         self.obedience = obedience(self.features, fake)
         self.spent += time.monotonic() - start
@@ -403,10 +416,11 @@ def main(source_kwargs, metric_kwargs):
     common.check(__file__, {**source_kwargs, **metric_kwargs})
     o = SimpleNamespace(**source_kwargs, **metric_kwargs)
     device = common.choose_device(o.device)
-    generated = o.generated or str(max(Path().glob("*/weights_*.pt"), key=lambda path: path.stat().st_mtime,
-                                       default="weights_epoch_{E}.pt"))
-    fakes = open_source(generated, o.num_images, o.seed, o.data_dir, device)
-    against = o.real or f"{getattr(fakes, 'data', '(give --real)')}:train"
+    fakes = open_source(o.generated, o.num_images, o.seed, o.data_dir, device)
+    generated = o.generated or fakes.name
+    if not o.real and not hasattr(fakes, "data"):
+        raise BadInput(f"{generated} does not say what it was trained on: give --real, such as mnist:train or a folder")
+    against = o.real or f"{datasets.check_folder(fakes.data, o.data_dir)}:train"
     reals = open_source(against, o.num_images, o.seed, o.data_dir, device, like=fakes)
     pair = getattr(reals, "pair", None)
     if o.features == "classifier" and not pair:

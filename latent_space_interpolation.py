@@ -97,7 +97,7 @@ class Artist:
             self.paint, self.test = decoder.sample, datasets.load_again(weights, data_dir, device)[1]
             self.low = -1 if self.test.normalize else 0
             codes = self.encode(torch.arange(min(1000, len(self.test)), device=device))[1]
-            self.mean, self.deviation = codes.mean(0).cpu(), codes.std(0).cpu()
+            self.mean, self.deviation = codes.mean(0).cpu(), codes.std(0, correction=0).cpu()
 
     @torch.inference_mode()
     def draw(self, z, vectors=None):

@@ -41,7 +41,7 @@ trainer_kwargs = {
     "iwae_samples": 50,  # >= 0; k of the importance-weighted bound on the test split after training; 0 leaves it out
     "output_dir": "mnist_VAE",  # everything is written there
     "sample_every": 10,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # >= 0; of weights, order and noise: on a CPU the same seed gives the same bytes
+    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
     "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop

@@ -51,7 +51,7 @@ def test_a_class_that_is_left_out_is_gone_and_named():
         train.leave_out(train.labels.item())
 
 
-def test_what_an_encoder_was_trained_on_is_found_again(tmp_path):
+def test_what_an_encoder_was_trained_on_is_found_again(tmp_path, monkeypatch):
     def again(data, **kwargs):
         weights = {"data": data, "model_kwargs": kwargs}
         return datasets.load_again(weights, tmp_path / "faces" if "folder" in data else tmp_path, "cpu")
@@ -66,6 +66,11 @@ def test_what_an_encoder_was_trained_on_is_found_again(tmp_path):
     for i in range(12):
         Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / f"faces/{i}.png")
     assert again("folder faces", image_size=8, image_channels=3)[0].name == "folder faces"
+    monkeypatch.chdir(tmp_path / "faces")  # the folder's name is found however it is written
+    assert datasets.load_again({"data": "folder faces", "model_kwargs": {"image_size": 8, "image_channels": 3}}, ".",
+                               "cpu")[0].name == "folder faces"
+    assert datasets.left_out("mnist without 4") == 4 and datasets.left_out("folder dogs without tails") is None
+    assert datasets.check_folder("folder dogs without tails", "dogs without tails") == "folder"
     with pytest.raises(common.BadInput, match="trained on a folder birds: say where it is with --data_dir"):
         again("folder birds", image_size=8, image_channels=3)
 

@@ -13,7 +13,10 @@ from torch import nn
 import common
 import datasets
 import fid
+import main_ae
+import main_dcgan
 import main_gan
+import main_vae
 
 
 def covariance(random, d, condition=1.0, rank=None):
@@ -390,6 +393,52 @@ def test_a_weights_file_is_rebuilt_and_sampled(quick, trained, tmp_path, monkeyp
             measure(tmp_path, generated=tmp_path / "strange.pt", **kwargs)
 
 
+@pytest.mark.parametrize("script, low", [(main_vae, 0), (main_ae, -1)])
+def test_a_decoder_is_a_generator_too(script, low, tiny, tmp_path):
+    trainer = script.main(*tiny(script, num_epochs=1, latent_dim=4))
+    path = str(tmp_path / "out" / "weights_epoch_1.pt")
+    decoder = script.load_model(path)[1]
+    z = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
+    wanted = ((decoder.sample(z) - low) / (1 - low) * 255).round().byte().view(6, *trainer.train.pixels.shape[1:])
+    source = fid.of_weights(path, 6, 3, torch.device("cpu"))
+    assert torch.equal(source.read(torch.arange(6))[0][0], wanted) and source.data == "digits"
+
+
+def test_weights_of_a_folder_are_compared_with_the_pixels_of_training(tiny, tmp_path, quick):
+    folder, inner = tmp_path / "mine$1$", tmp_path / "mine$1$" / "a $x_$"
+    inner.mkdir(parents=True)
+    for number in range(40):
+        size = (30 + number, 20)  # wider than high: training sees the middle
+        Image.fromarray(np.random.default_rng(number).integers(0, 255, (*size[::-1], 3), np.uint8)).save(
+            (folder if number % 2 else inner) / f"{number}.png")
+    trainer = main_dcgan.main(*tiny(main_dcgan, num_epochs=1, dataset_type="folder", data_dir=str(folder), batch_size=9,
+                                    feature_maps=2, image_size=16))
+    assert trainer.train.name == "folder mine_1_" and trainer.train.class_names == ["", "a _x__"]
+    weights = str(tmp_path / "out" / "weights_epoch_1.pt")
+    seen = fid.open_source("folder:train", 9, 0, folder, torch.device("cpu"), fid.of_weights(weights, 9, 0, "cpu"))
+    assert torch.equal(seen.pair[0].pixels, trainer.train.pixels)
+    result = measure(tmp_path, generated=weights, features="classifier", num_images=20, data_dir=folder)
+    assert result["real"] == "folder:train" and result["real's N"] == 36
+    with pytest.raises(common.BadInput, match="trained on a folder mine_1_: say where it is with --data_dir"):
+        measure(tmp_path, generated=weights, features="classifier", data_dir=tmp_path)
+
+
+def test_the_jpeg_quality_of_training_is_found_again(tmp_path, monkeypatch):
+    asked = {}
+
+    def load(*args, **kwargs):
+        asked.update(kwargs)
+        raise common.BadInput("no birds here")
+
+    monkeypatch.setattr(datasets, "load_data", load)
+    monkeypatch.setattr(main_gan, "load_generator", lambda path: nn.Linear(2, 784).eval())
+    for name, quality in (("cub (JPEG quality 75)", 75), ("cub", 0)):
+        common.save(tmp_path / "w.pt", {"script": "main_gan", "data": name, "model_kwargs": {"latent_dim": 2}})
+        with pytest.raises(common.BadInput, match="no birds here"):
+            measure(tmp_path, generated=tmp_path / "w.pt", num_images=2)
+        assert asked["jpeg_quality"] == quality
+
+
 def test_conditional_generators_are_asked_for_every_class(tmp_path, monkeypatch):
     class Conditional(nn.Module):
         def forward(self, z, labels):
@@ -445,9 +494,9 @@ def test_neighbours_show_a_memorised_image(quick, digits, tmp_path, monkeypatch)
 def test_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     for options, words in ((["--features", "vgg"], "features is 'vgg'; legal: inception | classifier"),
                            (["--num_images", "1"], "num_images is 1; legal: >= 2"),
-                           (["--generated", "digits:test", "--features", "classifier"], "(give --real):train"),
+                           (["--generated", "digits:test", "--features", "classifier"], "digits:test does not say what it was trained on: give --real"),
                            (["--generated", str(tmp_path / "none.pt")], "there is no file"),
-                           ([], "there is no file weights_epoch_{E}.pt")):
+                           ([], "no folder here holds a weights_*.pt with a generator; train first: python main_gan.py")):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["fid.py", *options])
         with pytest.raises(SystemExit) as stop:
