@@ -101,7 +101,7 @@ def run(main, *dicts):
     except KeyboardInterrupt as error:
         sys.exit(say(f"{script.name}: {str(error) or 'interrupted'}", 130))
     finally:
-        if distributed.is_initialized():
+        if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
 
 
@@ -129,9 +129,9 @@ def use_bfloat16(precision, device):
     """Whether networks compute in bfloat16: `precision` says, or if it is auto whether the device is fast at it."""
     if precision == "auto" and device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "auto" and device.type == "cpu":  # torch before 2.9 cannot tell: float32
-        features = getattr(torch.cpu, "get_capabilities", dict)()
-        return any(features.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+    if precision == "auto" and device.type == "cpu":  # older versions of torch cannot tell: float32
+        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+        return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
     return precision == "bfloat16"
 
 
@@ -213,7 +213,8 @@ def open_weights(path, *loaders):
     """
     wanted, train = LOADERS[loaders[0]]
     if not path:
-        for found in sorted(Path().glob("*/weights_*.pt"), key=lambda file: file.stat().st_mtime, reverse=True):
+        files = [*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")]  # an experiment's lie one deeper
+        for found in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
             try:
                 return open_weights(str(found), *loaders)
             except BadInput:
@@ -264,6 +265,9 @@ def save_curves(history, panels, title, path):
             points = [(x, y) for x, y in zip(history[unit], history[column]) if y == y]  # nan: not measured
             axes.plot(*(zip(*points) if points else ((), ())), "--" if column.startswith("test") else "-", label=column,
                       marker="o" if len(points) < 20 else None, markersize=3)
+        values = [y for column in columns for y in history[column] if y == y]
+        if values and 0 < 20 * min(values) < max(values):  # such as a KL that starts without a price
+            axes.set_yscale("log")
         axes.set(xlabel=unit, ylabel=label, xlim=(0, history[unit][-1] + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)

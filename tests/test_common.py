@@ -1,4 +1,5 @@
 import errno
+import math
 import os
 import pickle
 import shutil
@@ -8,14 +9,24 @@ import pytest
 import torch
 
 import common
+import gan_cub
+import main_ae
+import main_cgan
 import main_dcgan
 import main_gan
+import main_vae
 
 SCRIPTS = [main_gan, main_dcgan]
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("script", [main_vae, main_ae, gan_cub, main_cgan])
+def test_a_seed_that_numpy_cannot_take_is_refused_everywhere(script, command_line, tmp_path):
+    status, error = command_line(script, "--seed", 2**32, "--output_dir", tmp_path / "out")
+    assert status == 2 and "seed is 4294967296; legal: in [0, 4294967295]" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -128,6 +139,9 @@ def test_changed_settings_are_refused_with_the_difference_and_epochs_may_grow(ti
         main_gan.main(*tiny(main_gan, batch_size=60, seed=1))
     assert files(tmp_path / "out") == before
     assert main_gan.main(*tiny(main_gan, num_epochs=3)).run.history["epoch"] == [1, 2, 3]
+    # how it is computed may change, what is computed not
+    assert main_gan.main(*tiny(main_gan, num_epochs=4, num_threads=2, sample_every=1)).run.start == 0
+    assert (tmp_path / "out" / "weights_epoch_4.pt").is_file()
 
 
 def test_other_data_than_before_are_refused(tiny, monkeypatch):
@@ -228,6 +242,16 @@ def test_grid_is_on_a_fixed_scale(tmp_path):
     assert centres == [64, 128, 191, 255]
 
 
+@pytest.mark.parametrize("values, scale", [([2000.0, 70.0], "log"), ([90.0, 5.0], "linear"), ([2000.0, 0.0], "linear"),
+                                           ([math.nan, math.nan], "linear")])
+def test_curves_over_a_wide_range_are_logarithmic(values, scale, tmp_path, monkeypatch):
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure.axes[0].get_yscale()))
+    common.save_curves({"epoch": [1, 2], "KL": values}, {"KL": ["KL"]}, "title", tmp_path / "x.png")
+    assert drawn == [scale]
+
+
 def test_mean_distance_is_that_of_all_pairs():
     images = torch.randn(6, 3, 4, 4)
     pairs = [(images[i] - images[j]).square().sum().sqrt().item() for i in range(6) for j in range(i)]
@@ -269,6 +293,7 @@ def test_weights_are_opened_by_the_script_that_wrote_them(tmp_path, monkeypatch)
     for age, (folder, script) in enumerate(written):
         common.save(tmp_path / folder / "weights_epoch_1.pt", {"script": script, "model_kwargs": {"age": age}})
         os.utime(tmp_path / folder / "weights_epoch_1.pt", (0, age))
+    os.renames("b/weights_epoch_1.pt", "experiment/b/weights_epoch_1.pt")
     os.rename("a/weights_epoch_1.pt", "a/weights_best.pt")
     (tmp_path / "e").mkdir()
     (tmp_path / "e" / "weights_epoch_2.pt").write_bytes(b"damaged")
@@ -277,7 +302,7 @@ def test_weights_are_opened_by_the_script_that_wrote_them(tmp_path, monkeypatch)
     # the newest that fits, and the first function asked for that its script has
     path, contents, load = common.open_weights("", "load_generator")
     assert path == "a/weights_best.pt" and contents["model_kwargs"]["age"] == 2 and load is main_gan.load_generator
-    assert common.open_weights("", "load_model")[0] == "b/weights_epoch_1.pt"
+    assert common.open_weights("", "load_model")[0] == "experiment/b/weights_epoch_1.pt"
     assert common.open_weights("c/weights_epoch_1.pt", "load_model", "load_generator")[2] is main_gan.load_generator
     for folder, words in (("a", "main_gan.py is no script .* an encoder and a decoder; .*: python main_vae.py"),
                           ("d", "stranger.py is no script of this collection")):
