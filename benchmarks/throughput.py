@@ -1,15 +1,15 @@
 """Training speed of the scripts beside the textbook loop and the bare step: same networks, batch, data, one run.
 
-run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]      (on an otherwise idle machine; eight minutes, or fewer)
+run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]         (on an otherwise idle machine; ten minutes, or one)
 prints: a table of medians over rounds in which the loops take turns, and writes it to throughput.json
         textbook  DataLoader, ToTensor, Normalize; losses that also compute the gradients nobody uses; plain Adam;
-                  losses read at every step; torch's own number of threads
-        script    the script's own loop: Run.batches, Trainer.step, Run.log, at its default number of threads
+                  losses read at every step; torch's own number of threads; float32
+        script    the script's own loop: Run.batches, Trainer.step, Run.log, at its default settings
         bare      Trainer.step on one batch that is there already: the ceiling for any loader
         batch     the share of a step that goes into its batch
         memory    the most that a process of its own held while it trained one step
         first     from the command to the end of the first step on the bundled digits, over the time of
-                  `python -c "import torch, torchvision"`; help: the same for --help
+                  `python -c "import torch, torchvision"`; help: the same for --help; --quick leaves these three out
 """
 import ctypes
 import json
@@ -163,10 +163,12 @@ SMALL = {"feature_maps": 32, "batch_size": 32, "score_images": 0}  # at full siz
 CASES = {
     "main_gan": (main_gan, gan_step, flat, 28, 1, 14, 200, {}),
     "main_vae": (main_vae, vae_step, flat, 28, 1, 14, 20, {}),
+    "main_vae, float32": (main_vae, vae_step, flat, 28, 1, 14, 20, {"precision": "float32"}),
     "main_vae, batch 16": (main_vae, vae_step, flat, 28, 1, 14, 60, {"batch_size": 16}),
     "main_dcgan": (main_dcgan, gan_step, alone, 32, 3, 12, 8, {}),
     "main_cgan": (main_cgan, gan_step, both, 28, 1, 14, 12, {"image_channels": 1}),
     "main_ae": (main_ae, vae_step, alone, 32, 3, 12, 4, {}),
+    "main_ae, float32": (main_ae, vae_step, alone, 32, 3, 12, 4, {"precision": "float32"}),
     "gan_cub, small": (gan_cub, wgan_step, alone, 32, 3, 2, 1, SMALL),
 }
 
@@ -226,9 +228,10 @@ def hand_back_freed_memory():
         libc.mallopt(option, value)
 
 
-def measure(name, rounds):
+def measure(name, rounds, quick):
     """Milliseconds a step of each loop, medians over `rounds`, and medians of the ratios within a round."""
     module, textbook, takes, side, channels, copies, steps, settings = CASES[name]
+    real = {28: 60000, 32: 50000}[side]  # images of MNIST, of CIFAR-10
     default_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         loops, threads = {}, {}
@@ -260,8 +263,8 @@ def measure(name, rounds):
     row = {"batch": trainer.train.batch_size, "threads": threads["script"],
            **{f"{loop}, ms": statistics.median(values) for loop, values in times.items()},
            "textbook / script": ratio("textbook", "script"), "bare / script": ratio("bare", "script"),
-           "script, s an epoch": statistics.median(times["script"]) / 1e3 * len(trainer.train.order(0, 1)),
-           **first(module)}
+           "script, s an epoch": statistics.median(times["script"]) / 1e3 * real / trainer.train.batch_size,
+           **({} if quick else first(module))}
     del row["batch, ms"]
     row["batch, % of script"] = 100 * ratio("batch", "script")
     return row
@@ -291,10 +294,12 @@ def first(module):
 if __name__ == "__main__":
     quick = "--quick" in sys.argv
     chosen = [argument for argument in sys.argv[1:] if argument != "--quick"] or list(CASES)
+    if not set(chosen) <= set(CASES):
+        sys.exit(f"{__doc__}\nscripts: {', '.join(CASES)}")
     head = {"torch": torch.__version__, "threads": torch.get_num_threads(), "cores": os.cpu_count()}
     print(head)
     table = {}
     for name in chosen:
-        table[name] = measure(name, rounds=2 if quick else 9)
+        table[name] = measure(name, 2 if quick else 9, quick)
         print(f"{name}\n  " + "  ".join(f"{key} {value:.4g}" for key, value in table[name].items()), flush=True)
         Path("throughput.json").write_text(json.dumps({**head, "scripts": table}, indent=1))

@@ -87,6 +87,8 @@ def measure(name, rounds=15):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        sys.exit(__doc__)
     print(f"torch {torch.__version__}, {os.cpu_count()} cores")
     measure("main_gan")
     measure("main_dcgan")
