@@ -14,7 +14,7 @@ import fid
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE_TEXTS = [re.sub(r"\\\n +", "", page.read_text(encoding="utf-8")).replace("$folder", "mnist_VAE_without_4")
-              .replace("$digit", "4") for page in PAGES]
+              .replace("$digit", "4").replace("$latents", "2") for page in PAGES]
 BLOCKS = [block for text in PAGE_TEXTS for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
 INLINE = [line for text in PAGE_TEXTS for line in re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)]
 COMMANDS = sorted({re.split(r"  +|#", line)[0].strip() for block in [*BLOCKS, *INLINE] for line in block.splitlines()
