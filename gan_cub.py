@@ -33,7 +33,7 @@ dataset_kwargs = {
     "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
     "allow_fallback": True,  # with a warning: digits for data, the classifier for Inception, if they cannot be had
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
-    "jpeg_quality": 0,  # in [0, 100]; cub is compressed so after resizing: 75 as in the source of this task; 0: not
+    "jpeg_quality": 0,  # in [0, 100]; cub is compressed so after resizing: 75 as in the course it is from; 0: not
 }
 trainer_kwargs = {
     "loss": "wgan-gp",  # gan | lsgan | wgan-gp | hinge; hinge also puts a spectral norm on the discriminator

@@ -393,9 +393,10 @@ def test_a_weights_file_is_rebuilt_and_sampled(quick, trained, tmp_path, monkeyp
             measure(tmp_path, generated=tmp_path / "strange.pt", **kwargs)
 
 
-@pytest.mark.parametrize("script, low", [(main_vae, 0), (main_ae, -1)])
-def test_a_decoder_is_a_generator_too(script, low, tiny, tmp_path):
-    trainer = script.main(*tiny(script, num_epochs=1, latent_dim=4))
+@pytest.mark.parametrize("script, low, small", [(main_vae, 0, dict(hidden_size=16, iwae_samples=0)),
+                                                (main_ae, -1, dict(feature_maps=4, image_size=16, batch_size=500))])
+def test_a_decoder_is_a_generator_too(script, low, small, tiny, tmp_path):
+    trainer = script.main(*tiny(script, num_epochs=1, latent_dim=4, **small))
     path = str(tmp_path / "out" / "weights_epoch_1.pt")
     decoder = script.load_model(path)[1]
     z = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
