@@ -132,7 +132,8 @@ def test_same_seed_same_bytes_and_another_seed_others(tiny, tmp_path, monkeypatc
     assert results[0]["weights_epoch_2.pt"] != results[2]["weights_epoch_2.pt"]
 
 
-def test_changed_settings_are_refused_with_the_difference_and_epochs_may_grow(tiny, tmp_path):
+def test_changed_settings_are_refused_with_the_difference_and_epochs_may_grow(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
     main_gan.main(*tiny(main_gan, num_epochs=1))
     before = files(tmp_path / "out")
     with pytest.raises(common.BadInput, match="batch_size was 50, is 60; seed was 0, is 1.*--resume false"):

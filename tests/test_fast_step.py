@@ -88,7 +88,7 @@ def test_a_step_that_cannot_be_recorded_runs_as_it_is(tiny, monkeypatch, capsys)
     assert train(trainer, state, batches, fast)[0] == rows
     assert recorder.replayed == 0
     errors = capsys.readouterr().err
-    assert errors.count("\n") == 1 and "runs as it is: operation not permitted when stream" in errors
+    assert errors.count("\n") == 1 and "try --cuda_graph false): operation not permitted when stream" in errors
 
 
 def test_without_a_gpu_or_switched_off_it_is_the_plain_step(tiny):
