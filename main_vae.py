@@ -7,7 +7,7 @@ writes: mnist_VAE/: generated_image_epoch_{E}.png, reconstruction_epoch_{E}.png,
         history.csv, log_likelihood.csv, checkpoint.pt (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
 expect: test loss 96.9 nats per image after 50 epochs of MNIST (below 100 from the 15th), KL 24.3, log p(x) >= -93.4
-        with k = 50; --precision bfloat16 --num_threads 1, seed 0: 16 min on one shared core of an AMD EPYC, torch 2.15
+        with k = 50; bfloat16, --num_threads 1, seed 0: 16 min on one shared core of an AMD EPYC, torch 2.15
 """
 import math
 
