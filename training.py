@@ -363,5 +363,5 @@ class _Graph:
                 self.values = self.step(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            say("this step cannot be recorded as a CUDA graph and runs as it is (if it does not, try --cuda_graph false): "
+            say("this step cannot be recorded as a CUDA graph and runs as it is (if it fails, try --cuda_graph false): "
                 f"{error}")
