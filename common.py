@@ -125,8 +125,12 @@ def choose_device(device):
         raise BadInput(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}")
 
 
-def use_bfloat16(precision, device):
-    """Whether networks compute in bfloat16: `precision` says, or if it is auto whether the device is fast at it."""
+def set_precision(precision, device):
+    """Whether networks compute in bfloat16: `precision` says, or if it is auto whether the device is fast at it.
+
+    tf32 rounds what an NVIDIA GPU multiplies to 10 bits after the point (bfloat16: 7, float32: 23) and nothing else.
+    """
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if precision == "auto" and device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if precision == "auto" and device.type == "cpu":  # older versions of torch cannot tell: float32

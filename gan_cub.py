@@ -43,7 +43,7 @@ trainer_kwargs = {
     "lr": 0.0002,  # > 0; Adam's learning rate at the start, of both networks
     "gp_weight": 10.0,  # >= 0; lambda, the weight of the gradient penalty of wgan-gp
     "ema_decay": 0.999,  # in [0, 1); pictures, weights and scores are of G averaged over about 1000 steps; 0: of G
-    "precision": "auto",  # auto | float32 | bfloat16; of the networks' arithmetic; auto: bfloat16 where it is fast
+    "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
     "score_features": "inception",  # inception | classifier; see fid.py: only with inception is it the FID
     "score_images": 10000,  # >= 0; generated images a score is taken of; 0 leaves the scores out
     "experiment": "none",  # none | losses; losses trains gan, lsgan, wgan-gp and hinge, to compare
@@ -137,7 +137,7 @@ class Trainer:
         kind, kwargs, self.latent_dim = run.device.type, run.model_kwargs, run.model_kwargs["latent_dim"]
         # no cache of weights cast to bfloat16: it would go stale, since D's change d_steps times within a step
         self.precision = dict(device_type=kind, dtype=torch.bfloat16, cache_enabled=False,
-                              enabled=common.use_bfloat16(precision, run.device))
+                              enabled=common.set_precision(precision, run.device))
         place = dict(device=run.device, memory_format=torch.channels_last)  # channels side by side in memory
         self.generator, self.ema_generator = (Generator(**kwargs).to(**place) for _ in range(2))
         self.ema_generator.requires_grad_(False).eval().load_state_dict(self.generator.state_dict())

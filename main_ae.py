@@ -43,7 +43,7 @@ trainer_kwargs = {
     "beta_schedule": "constant",  # constant | linear; linear: 0 in epoch 1, beta / beta_epochs more in each, up to beta
     "beta_epochs": 20,  # >= 1; of the linear schedule: beta itself is reached in the epoch after these
     "ema_decay": 0.99,  # in [0, 1); tests, pictures and weights are of networks averaged over about 100 steps; 0: not
-    "precision": "auto",  # auto | float32 | bfloat16; of the networks' arithmetic; auto: bfloat16 where it is fast
+    "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
     "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; trains several settings to compare
     "output_dir": "cifar10_VAE",  # everything is written there
     "sample_every": 5,  # >= 1; epochs between pictures; one also after the first epoch and the last
@@ -143,7 +143,7 @@ class Trainer:
 
     def __init__(self, run, train, test, lr, beta, beta_schedule, beta_epochs, ema_decay, precision):
         self.run, self.train, self.test = run, train, test
-        self.bfloat16 = common.use_bfloat16(precision, run.device)  # weights and losses are float32 all the same
+        self.bfloat16 = common.set_precision(precision, run.device)  # weights and losses are float32 all the same
         self.target_beta, self.beta_epochs = beta, beta_epochs if beta_schedule == "linear" else 0
         self.ema_decay = ema_decay
         # channels last: the pixels' channels lie side by side in memory, which makes a step on a CPU 1.3 times as fast

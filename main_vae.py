@@ -37,7 +37,7 @@ trainer_kwargs = {
     "num_epochs": 50,  # >= 0; may grow later: the run continues; 0 only checks settings and data
     "lr": 0.001,  # > 0; Adam's learning rate in the first epoch
     "lr_half_life": 10.0,  # >= 0; epochs in which the learning rate halves; 0 keeps it constant
-    "precision": "auto",  # auto | float32 | bfloat16; of the networks' arithmetic; auto: bfloat16 where it is fast
+    "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
     "iwae_samples": 50,  # >= 0; k of the importance-weighted bound on the test split after training; 0 leaves it out
     "output_dir": "mnist_VAE",  # everything is written there
     "sample_every": 10,  # >= 1; epochs between pictures; one also after the first epoch and the last
@@ -143,7 +143,7 @@ class Trainer:
 
     def __init__(self, run, train, test, lr, lr_half_life, precision, iwae_samples):
         self.run, self.train, self.test = run, train, test
-        self.bfloat16 = common.use_bfloat16(precision, run.device)  # weights and losses are float32 all the same
+        self.bfloat16 = common.set_precision(precision, run.device)  # weights and losses are float32 all the same
         self.lr, self.half_life, self.iwae_samples = lr, lr_half_life or float("inf"), iwae_samples
         self.encoder = Encoder(**run.model_kwargs).to(run.device)
         self.decoder = Decoder(**run.model_kwargs).to(run.device)

@@ -1,6 +1,6 @@
 """Training speed of the scripts beside the textbook loop and the bare step: same networks, batch, data, one run.
 
-run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]         (on an otherwise idle machine; ten minutes, or one)
+run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]        (on an otherwise idle machine; ten minutes or one)
 prints: a table of medians over rounds in which the loops take turns, and writes it to throughput.json
         textbook  DataLoader, ToTensor, Normalize; losses that also compute the gradients nobody uses; plain Adam;
                   losses read at every step; torch's own number of threads; float32
@@ -228,8 +228,8 @@ def hand_back_freed_memory():
         libc.mallopt(option, value)
 
 
-def measure(name, rounds, quick):
-    """Milliseconds a step of each loop, medians over `rounds`, and medians of the ratios within a round."""
+def measure(name, quick):
+    """Milliseconds a step of each loop, medians over 2 or 9 rounds, and medians of the ratios within a round."""
     module, textbook, takes, side, channels, copies, steps, settings = CASES[name]
     real = {28: 60000, 32: 50000}[side]  # images of MNIST, of CIFAR-10
     default_threads = torch.get_num_threads()
@@ -243,7 +243,7 @@ def measure(name, rounds, quick):
                            "batch": batch_loop}[loop](trainer)
             threads[loop] = default_threads if loop == "textbook" else torch.get_num_threads()
         times = {loop: [] for loop in loops}
-        for number in range(rounds + 1):
+        for number in range(3 if quick else 10):
             for loop, generator in loops.items():
                 if module is main_ae and sys.platform == "linux":
                     training.keep_freed_memory() if loop != "textbook" else hand_back_freed_memory()
@@ -300,6 +300,6 @@ if __name__ == "__main__":
     print(head)
     table = {}
     for name in chosen:
-        table[name] = measure(name, 2 if quick else 9, quick)
+        table[name] = measure(name, quick)
         print(f"{name}\n  " + "  ".join(f"{key} {value:.4g}" for key, value in table[name].items()), flush=True)
         Path("throughput.json").write_text(json.dumps({**head, "scripts": table}, indent=1))

@@ -265,13 +265,20 @@ def test_mean_distance_is_that_of_all_pairs():
 def test_auto_takes_bfloat16_where_the_processor_has_it(features, fast, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
     cpu = torch.device("cpu")
-    assert common.use_bfloat16("auto", cpu) == fast
-    assert common.use_bfloat16("bfloat16", cpu) and not common.use_bfloat16("float32", cpu)
-    assert not common.use_bfloat16("auto", torch.device("mps"))
+    assert common.set_precision("auto", cpu) == fast
+    assert common.set_precision("bfloat16", cpu) and not common.set_precision("float32", cpu)
+    assert not common.set_precision("auto", torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not common.use_bfloat16("auto", torch.device("cuda"))
+    assert not common.set_precision("auto", torch.device("cuda"))
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not common.use_bfloat16("auto", cpu), "a torch that cannot tell"
+    assert not common.set_precision("auto", cpu), "a torch that cannot tell"
+
+
+def test_tf32_is_a_faster_float32_of_gpus_and_lasts_for_one_run():
+    assert not common.set_precision("tf32", torch.device("cpu"))  # not bfloat16
+    assert torch.get_float32_matmul_precision() == "high"
+    common.set_precision("auto", torch.device("mps"))
+    assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_one_seed_covers_torch_numpy_and_python():

@@ -495,9 +495,11 @@ def test_neighbours_show_a_memorised_image(quick, digits, tmp_path, monkeypatch)
 def test_command_line_refuses_in_one_line(tmp_path, monkeypatch, capsys):
     for options, words in ((["--features", "vgg"], "features is 'vgg'; legal: inception | classifier"),
                            (["--num_images", "1"], "num_images is 1; legal: >= 2"),
-                           (["--generated", "digits:test", "--features", "classifier"], "digits:test does not say what it was trained on: give --real"),
+                           (["--generated", "digits:test", "--features", "classifier"],
+                            "digits:test does not say what it was trained on: give --real"),
                            (["--generated", str(tmp_path / "none.pt")], "there is no file"),
-                           ([], "no folder here holds a weights_*.pt with a generator; train first: python main_gan.py")):
+                           ([], "no folder here holds a weights_*.pt with a generator; train first: "
+                                "python main_gan.py")):
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr("sys.argv", ["fid.py", *options])
         with pytest.raises(SystemExit) as stop:

@@ -124,7 +124,8 @@ def test_train_and_test_losses_agree_on_the_same_images(trainer):
     trainer.beta.fill_(0.3)
     x = trainer.train.batch(torch.arange(600))[0]
     with torch.no_grad():
-        repeats = torch.stack([torch.stack(trainer.losses(trainer.ema_encoder, trainer.ema_decoder, x)) for _ in range(20)])
+        repeats = torch.stack([torch.stack(trainer.losses(trainer.ema_encoder, trainer.ema_decoder, x))
+                               for _ in range(20)])
         around_mu = main_ae.reconstruction_loss(trainer.ema_decoder(trainer.ema_encoder(x)[0]), x)
     mean, spread, values = repeats.mean(0), repeats.std(0), trainer.evaluate()
     assert abs(values["test_loss"] - mean[0]) < 5 * spread[0]
