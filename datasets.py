@@ -54,8 +54,8 @@ class Images:
     def order(self, seed, epoch):
         """Indices of every batch of an epoch; a function of seed and epoch alone, so that a run can be continued.
 
-        Of N processes each gets a batch of its own out of the same N * batch_size images; what an epoch's end cannot
-        share out evenly, at most N - 1 images, is left for another epoch.
+        N processes share the N * batch_size images of a step, batch_size each; what an epoch's end cannot share out
+        evenly, at most N - 1 images, is left for another epoch.
         """
         index = torch.arange(len(self))
         if self.shuffle:
@@ -213,7 +213,8 @@ def _digits(channels, num_classes):
             pixels = (255 * ground + pixels * (ink - ground)).round().byte()
         split[0] = pixels
         split[1] = split[1] % (num_classes or 10)
-    return splits, [str(digit) for digit in range(num_classes or 10)]
+    classes = range(num_classes or 10)  # of five, `0 or 5` is the first
+    return splits, [" or ".join(map(str, range(first, 10, len(classes)))) or str(first) for first in classes]
 
 
 def _torchvision(dataset_type, data_dir):
@@ -395,14 +396,7 @@ def _folder(folder, size, channels, device, whole=False, jpeg_quality=0):
             with Image.open(path) as image:
                 if whole and image.mode == "L":
                     return f"{path.relative_to(folder)} (grey)"
-                image = ImageOps.exif_transpose(image)
-                if image.mode.startswith("I") or image.mode == "F":  # 16 bits a pixel and more
-                    array = np.asarray(image, dtype=np.float64)
-                    image = Image.fromarray((array * (255 / max(array.max(), 255))).astype(np.uint8))
-                if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-                    image = image.convert("RGBA")
-                    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-                image = image.convert("RGB" if channels == 3 else "L")
+                image = _decode(image, "RGB" if channels == 3 else "L")
                 if whole and image.size != (size, size):
                     image = image.resize((size, size), Image.Resampling.BICUBIC)  # Pillow's is antialiased
                     if jpeg_quality:
@@ -438,25 +432,48 @@ def _folder(folder, size, channels, device, whole=False, jpeg_quality=0):
             write(cache, buffer.getvalue())
         except OSError:
             pass  # a read-only folder is read again each time
-    parents = [path.relative_to(folder).parts[0] if path.parent != folder
-               else path.stem.rsplit("_", 2)[0] if whole else "" for path in paths]
-    class_names = sorted(set(parents))
-    labels = torch.tensor([class_names.index(parent) for parent, good in zip(parents, keep) if good])
+    names, class_names = folder_classes(folder, paths, whole)
+    labels = torch.tensor([class_names.index(name) for name, good in zip(names, keep) if good])
     pixels = torch.from_numpy(pixels).view(len(labels), size, size, channels).permute(0, 3, 1, 2)
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[:max(1, len(order) // 10)], order[max(1, len(order) // 10):]
-    class_names = [name.replace("$", "_") for name in class_names]  # see _name
     return [(pixels[train], labels[train]), (pixels[test], labels[test])], class_names
 
 
+def folder_classes(folder, paths, named_by_file=False):
+    """(the class of each path, all classes in order): the sub-folder that it is in; "" if it is in none.
+
+    named_by_file: a file in no sub-folder is of the class in its name, as Black_Tern in Black_Tern_0079_143998.jpg.
+    """
+    names = [path.relative_to(folder).parts[0] if path.parent != Path(folder)
+             else path.stem.rsplit("_", 2)[0] if named_by_file else "" for path in paths]
+    names = [name.replace("$", "_") for name in names]  # see _name
+    return names, sorted(set(names))
+
+
+def _decode(image, mode):
+    """A Pillow image of any mode as RGB or L: upright, white where it is transparent, with 8 bits a pixel."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":
+        array = np.asarray(image, dtype=np.float64)
+        ranges = [white for white in (1, 255, 65535) if array.max() <= white and (white > 1 or image.mode == "F")]
+        image = Image.fromarray((array * (255 / min(ranges, default=array.max()))).clip(0, 255).astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert(mode)
+
+
 def read_images(paths):
-    """Image files as they are: uint8 RGB (n, 3, H, W), one tensor a size in the files' order. Raises BadInput."""
+    """Image files in their own size: uint8 RGB (n, 3, H, W), one tensor a size in the files' order. Raises BadInput."""
     from PIL import Image
 
     images = []
     for path in paths:
         try:
-            images.append(torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None])
+            images.append(torch.from_numpy(np.array(_decode(Image.open(path), "RGB"))).permute(2, 0, 1)[None])
         except Exception as error:  # a decoder may raise anything; the file is named
             raise BadInput(f"{path} cannot be read ({type(error).__name__})")
     return [torch.cat(images)] if len({image.shape for image in images}) == 1 else images

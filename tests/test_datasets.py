@@ -30,7 +30,8 @@ def test_coloured_digits_are_the_same_every_time_and_never_lose_the_digit():
     again, _ = load(channels=3, image_size=32, num_classes=5)
     grey, _ = load(image_size=32)
     assert train.pixels.shape == (4500, 3, 32, 32) and torch.equal(train.pixels, again.pixels)
-    assert train.labels.unique().tolist() == [0, 1, 2, 3, 4] == [int(name) for name in train.class_names]
+    assert train.labels.unique().tolist() == [0, 1, 2, 3, 4]
+    assert train.class_names == ["0 or 5", "1 or 6", "2 or 7", "3 or 8", "4 or 9"]
     full = (grey.pixels == 255).flatten(1).any(1).nonzero().squeeze(1)[:50]  # not every digit has full ink
     for colour, image in zip(train.pixels[full].int(), grey.pixels[full, 0]):
         ground, ink = colour[:, image == 0].T.unique(dim=0), colour[:, image == 255].T.unique(dim=0)
@@ -163,6 +164,26 @@ def test_folder_images_keep_their_shape_and_transparency_becomes_white(tmp_path)
     Image.fromarray(deep).save(tmp_path / "c.png")
     train, test = load("folder", tmp_path, image_size=10, batch_size=1)
     assert torch.cat([train.pixels, test.pixels]).min() > 200 and train.class_names == [""]
+
+
+@pytest.mark.parametrize("pixels, seen", [(np.float32([[0, 0.2, 1]]), [0, 51, 255]),
+                                          (np.float32([[0, 51, 200]]), [0, 51, 200]),
+                                          (np.uint16([[0, 400, 257]]), [0, 1, 1]),
+                                          (np.uint16([[0, 51 * 257, 65535]]), [0, 51, 255]),
+                                          (np.int32([[0, 51, 200]]), [0, 51, 200]),
+                                          (np.float32([[-1, 0, 131072]]), [0, 0, 255])])
+def test_pixels_of_more_than_8_bits_are_seen_on_their_own_scale(pixels, seen, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "deep.tiff")
+    assert datasets.read_images([tmp_path / "deep.tiff"])[0][0, :, 0].tolist() == 3 * [seen]
+
+
+def test_images_are_measured_as_they_are_trained_on(pictures):
+    paths = [path for path in datasets.image_files(pictures) if path.name != "broken.jpg"]
+    for path in paths:
+        Image.open(path).resize((20, 20)).save(path)
+    train, test = load("folder", pictures, channels=3, image_size=20, batch_size=1)
+    trained = sorted(image.numpy().tobytes() for image in torch.cat([train.pixels, test.pixels]))
+    assert trained == sorted(image.numpy().tobytes() for image in datasets.read_images(paths)[0])
 
 
 def test_folder_without_readable_images(tmp_path):
