@@ -13,7 +13,6 @@ import json
 import math
 import re
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -68,8 +67,8 @@ def frechet_distance(mu1, sigma1, mu2, sigma2, roots=None):
         raise BadInput("there are NaN or infinite features: look at the images, or at the network that drew them")
     root1, root2 = roots or map(root, parts)
     cross, apart = root1.T @ root2, sum(part.square().sum() for part in (mu1 - mu2, root1, root2))
-    # S1 S2 has the squares of cross's singular values as eigenvalues: none is complex. Those of cross^T cross come at
-    # half the cost, but wrong by `noise`: not where costs are low, or where that may move the value by a millionth
+    # the eigenvalues of S1 S2 are the squared singular values of cross: none is complex. As those of cross^T cross they
+    # cost half, but rounding moves them by `noise`: only if large, and if the value moves by less than a millionth
     squares = torch.linalg.eigvalsh(cross.T @ cross if len(cross) > len(cross.T) else cross @ cross.T).clamp(min=0)
     noise, value = 2e-15 * squares[-1:].sum(), apart - 2 * squares.sqrt().sum()
     if len(squares) < 1000 or 2 * (noise / (squares.sqrt() + noise.sqrt())).nansum() > 1e-6 * value:
@@ -126,7 +125,7 @@ def obedience(features, statistics):
 
 
 def kernel_distance(real, fake, blocks=10):
-    """KID, the unbiased squared MMD for the kernel (x . y / d + 1)^3 (Binkowski et al., section 3), and its error."""
+    """KID, the unbiased squared MMD for the kernel (x . y / d + 1)^3 (Binkowski et al.), and its standard error."""
     blocks = max(1, min(blocks, len(real) // 2, len(fake) // 2))
     size, values = min(len(real), len(fake)) // blocks, []  # disjoint blocks are independent: their spread is honest
     for x, y in zip(real[:blocks * size].double().split(size), fake[:blocks * size].double().split(size)):
@@ -210,7 +209,7 @@ def classifier_features(train, test, data_dir, device):
         if path.is_file():
             saved = common.load(path, "fid", "network")
         elif len(train.class_names) < 2:
-            raise BadInput(f"{train.name} has no labels to train a classifier on; measure with --features inception")
+            raise BadInput(f"{train.name} has no classes to train a classifier on: measure in Inception's features")
         else:
             common.say(f"training a classifier of {train.name}, once")
             optimizer = torch.optim.Adam(network.parameters())
@@ -253,6 +252,7 @@ def of_images(pair, split, data_dir):
     images = pair[split == "test"]
     pixels, labels = images.pixels, images.labels.cpu()
     return SimpleNamespace(name=f"{images.name}:{split}", count=len(images), folder=Path(data_dir) / ".fid", pair=pair,
+                           class_names=images.class_names,
                            read=lambda index: ([pixels[index.to(pixels.device)]], labels[index]),
                            digest=fingerprint(pixels, labels))
 
@@ -260,13 +260,13 @@ def of_images(pair, split, data_dir):
 def of_folder(folder):
     """Every image below a folder as a source, in RGB and its own size. Sub-folders are classes."""
     paths = datasets.image_files(folder)
-    parents = sorted({path.parent for path in paths})
-    labels = torch.tensor([parents.index(path.parent) for path in paths])
+    names, class_names = datasets.folder_classes(folder, paths)
+    labels = torch.tensor([class_names.index(name) for name in names])
     listing = repr([(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
     return SimpleNamespace(name=str(folder), count=len(paths), folder=Path(folder) / ".fid",
                            read=lambda index: (datasets.read_images([paths[i] for i in index]),
-                                               labels[index] if len(parents) > 1 else None),
-                           digest=hashlib.sha256(listing.encode()).hexdigest()[:12])
+                                               labels[index] if len(class_names) > 1 else None),
+                           class_names=class_names, digest=hashlib.sha256(listing.encode()).hexdigest()[:12])
 
 
 def of_generator(name, count, generate):
@@ -294,7 +294,7 @@ def of_weights(path, count, seed, device):
         labels = torch.arange(count, device=device) % classes
         source = of_generator(path, count, lambda index: (generator(z[index], labels[index]), labels[index]))
     compressed = re.search(r"JPEG quality (\d+)", weights["data"])
-    source.data, source.num_classes = weights["data"], classes
+    source.data, source.num_classes, source.left_out = weights["data"], classes, datasets.left_out(weights["data"])
     source.jpeg_quality = int(compressed[1]) if compressed else 0
     return source
 
@@ -322,6 +322,9 @@ def open_source(text, count, seed, data_dir, device, like=None):
     pair = datasets.load_data(name, data_dir, False, 1, False, side, channels, torch.device("cpu"),
                               num_classes=getattr(like, "num_classes", None),
                               jpeg_quality=getattr(like, "jpeg_quality", 0))
+    if getattr(like, "left_out", None) is not None:
+        for images in pair:
+            images.leave_out(like.left_out)
     return of_images(pair, split, data_dir)
 
 
@@ -352,42 +355,38 @@ class Scorer:
     """The distance of n generated images from the images `train`, for use in training; the RNG is left as it was.
 
         score = fid.Scorer(train, test, 10000, "classifier", data_dir)       # two Images; once, before training
-        run.end_epoch(**{score.name: score(lambda n: trainer.sample(torch.randn(n, 64)))})
+        run.end_epoch(**{score.name: score(lambda index: trainer.sample(torch.randn(len(index), 64)))})
 
-    generate(n) gives images in [-1, 1], or (images, labels): then class_distances holds the last call's, by label, and
-    obedience the share of each label's images in which the classifier sees this class ({} with other features).
-    While scoring has taken more than max_share of the time, it returns NaN at once. floor: the same of n test images.
-    fall_back: a classifier, with a warning, where Inception's weights cannot be had.
+    generate(index), of some numbers below n, gives as many images in [-1, 1], or (images, labels): then class_distances
+    holds the last call's, by label, and obedience the share of each label's images in which the classifier sees this
+    class ({} with other features).
+    floor: the distance of n test images. fall_back: a classifier, with a warning, if Inception's weights cannot be had.
     """
 
     @training.first_process_first()  # what it trains or downloads, the other processes find
-    def __init__(self, train, test, n, features, data_dir, resize="clean", max_share=1.0, fall_back=False):
-        self.n, self.device, self.max_share, self.spent = n, train.pixels.device, max_share, 0.0
+    def __init__(self, train, test, n, features, data_dir, resize="clean", fall_back=False):
+        self.n, self.device = n, train.pixels.device
         try:
             self.features = (classifier_features(train, test, data_dir, self.device) if features == "classifier"
                              else inception_features("", data_dir, resize, self.device))
         except BadInput as error:
             if features == "classifier" or not fall_back:
                 raise
-            common.say(f"WARNING: NO FID. {error}. Every score is a classifier's distance instead, and says so.")
             self.features = classifier_features(train, test, data_dir, self.device)
+            common.say(f"WARNING: NO FID. {error}. Every score is a classifier's distance instead, and says so.")
         self.real, held_out = (measure(of_images((train, test), split, data_dir), self.features, most, 250)
                                for split, most in (("train", len(train)), ("test", n)))
-        self.name, self.floor, self.begun = self.features.metric, self.real.distance(held_out), time.monotonic()
+        self.name, self.floor = self.features.metric, self.real.distance(held_out)
 
     def __call__(self, generate):
-        start = time.monotonic()
-        if self.spent > self.max_share * (start - self.begun):
-            return math.nan
         state = torch.mps.get_rng_state() if self.device.type == "mps" else None
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)  # the same z each time, so that from call to call only the generator changes
-            fake = measure(of_generator("generated", self.n, lambda i: generate(len(i))), self.features, self.n, 250)
+            fake = measure(of_generator("generated", self.n, generate), self.features, self.n, 250)
         if state is not None:
             torch.mps.set_rng_state(state)
         value, self.class_distances = self.real.distance(fake), self.real.class_distances(fake)
         self.obedience = obedience(self.features, fake)
-        self.spent += time.monotonic() - start
         return value
 
     def columns(self, generate):
@@ -400,7 +399,7 @@ class Scorer:
 
 
 def save_neighbours(path, fakes, fake, reals, real):
-    """The eight generated images most like copies (nearest real one close against the seventh), each with its seven."""
+    """The eight samples most like copies (nearest real image much closer than the seventh), each with its seven."""
     distances, nearest = torch.cdist(fake.kept[:2000], real.kept).topk(min(7, len(real.kept)), largest=False)
     tiles = []
     for row in (distances[:, 0] / distances[:, -1]).argsort()[:8]:
@@ -429,6 +428,10 @@ def main(source_kwargs, metric_kwargs):
                 else inception_features(o.inception_weights, o.data_dir, o.resize, device))
     real = measure(reals, features, sys.maxsize, o.batch_size)
     fake = measure(fakes, features, o.num_images, o.batch_size)
+    made, known = (getattr(source, "class_names", None) for source in (fakes, reals))
+    if made and known and made != known:  # a folder of images: its classes go by their names
+        index = torch.tensor([known.index(name) if name in known else -1 for name in made])
+        fake.labels = index[fake.labels] if len(fake.labels) and min(index) >= 0 else fake.labels[:0]
     result = {features.metric: real.distance(fake), "N": fake.n or "unknown"}
     result.update({"features": features.name, "resize": features.resize})
     if pair:  # what a perfect generator would get
@@ -447,7 +450,7 @@ def main(source_kwargs, metric_kwargs):
         made, data = (distance_within_classes(*map(torch.cat, zip(*(
             (images[0], labels) for images, labels in map(source.read, seen.index[:5000].split(500))))))
             for source, seen in ((fakes, fake), (reals, real)))
-        by_class["diversity within class"] = {label: made[label] / data[label] for label in made if label in data}
+        by_class["diversity within class"] = {label: made[label] / data[label] for label in made if data.get(label)}
     for name, values in by_class.items():
         if values:
             result[name], result[f"{name}, worst"] = sum(values.values()) / len(values), min(values.values())

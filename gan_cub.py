@@ -33,7 +33,7 @@ dataset_kwargs = {
     "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
     "allow_fallback": True,  # with a warning: digits for data, the classifier for Inception, if they cannot be had
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
-    "jpeg_quality": 0,  # in [0, 100]; cub is compressed so after resizing: 75 as in the course it is from; 0: not
+    "jpeg_quality": 0,  # in [0, 100]; resized images of cub are compressed to this (the course's: 75); 0: they are not
 }
 trainer_kwargs = {
     "loss": "wgan-gp",  # gan | lsgan | wgan-gp | hinge; hinge also puts a spectral norm on the discriminator
@@ -42,7 +42,7 @@ trainer_kwargs = {
     "d_steps": 5,  # >= 1; steps of D for one of G
     "lr": 0.0002,  # > 0; Adam's learning rate at the start, of both networks
     "gp_weight": 10.0,  # >= 0; lambda, the weight of the gradient penalty of wgan-gp
-    "ema_decay": 0.999,  # in [0, 1); pictures, weights and scores are of G averaged over about 1000 steps; 0: of G
+    "ema_decay": 0.999,  # in [0, 1); pictures, weights and scores are of G averaged over 1000 of its steps; 0: of G
     "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
     "score_features": "inception",  # inception | classifier; see fid.py: only with inception is it the FID
     "score_images": 10000,  # >= 0; generated images a score is taken of; 0 leaves the scores out
@@ -59,10 +59,10 @@ trainer_kwargs = {
 class ResBlock(nn.Module):
     """(N, before, H, W) -> (N, after, H', W'), which are 2H or H/2 or H: `scale` is Upsample, AvgPool2d or Identity."""
 
-    def __init__(self, before, after, norm, scale):
+    def __init__(self, before, after, norm, scale, pixels=False):
         super().__init__()
         self.residual = nn.Sequential(
-            norm(before), nn.Identity() if before == 3 else nn.ReLU(),  # a ReLU of pixels would lose the darker half
+            norm(before), nn.Identity() if pixels else nn.ReLU(),  # a ReLU of pixels would lose the darker half
             nn.Conv2d(before, after, kernel_size=3, padding=1, bias=norm is nn.Identity),  # batch norm undoes a bias
             norm(after), nn.ReLU(), scale, nn.Conv2d(after, after, kernel_size=3, padding=1))
         shortcut = [scale] if isinstance(scale, nn.Identity) else [scale, nn.Conv2d(before, after, kernel_size=1)]
@@ -91,15 +91,18 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, 3, H, W) in [-1, 1] -> logit (N,) float32, high for real ones, each for itself: no batch norm."""
+    """Images (N, 3, H, W) in [-1, 1] -> logit (N,) float32, high for real ones.
+
+    Each is judged by itself, without batch norm: the penalty is on the gradient of a single image's logit.
+    """
 
     def __init__(self, feature_maps, image_size, spectral_norm):
         super().__init__()
-        scales = [nn.AvgPool2d(2)] * int(math.log2(image_size / 8)) + [nn.Identity()] * 2
-        self.blocks = nn.Sequential(*(ResBlock(feature_maps if i else 3, feature_maps, nn.Identity, scale)
-                                      for i, scale in enumerate(scales)), nn.ReLU())
+        first, *others = [nn.AvgPool2d(2)] * int(math.log2(image_size / 8)) + [nn.Identity()] * 2
+        self.blocks = nn.Sequential(ResBlock(3, feature_maps, nn.Identity, first, pixels=True), *(
+            ResBlock(feature_maps, feature_maps, nn.Identity, scale) for scale in others), nn.ReLU())
         self.linear = nn.Linear(feature_maps, 1)
-        if spectral_norm:  # divides a weight by its largest singular value, which one power step a pass follows
+        if spectral_norm:  # divides a weight by its largest singular value, estimated by one power iteration a pass
             for layer in [part for part in self.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]:
                 nn.utils.parametrizations.spectral_norm(layer)
 
@@ -135,7 +138,7 @@ class Trainer:
         self.real_loss, self.fake_loss, self.generator_loss = LOSSES[loss]
         self.num_iterations, self.lr, self.gp_weight, self.ema_decay = num_iterations, lr, gp_weight, ema_decay
         kind, kwargs, self.latent_dim = run.device.type, run.model_kwargs, run.model_kwargs["latent_dim"]
-        # no cache of weights cast to bfloat16: it would go stale, since D's change d_steps times within a step
+        # autocast keeps no weights in bfloat16: they would go stale, since D changes d_steps times within a step
         self.precision = dict(device_type=kind, dtype=torch.bfloat16, cache_enabled=False,
                               enabled=common.set_precision(precision, run.device))
         place = dict(device=run.device, memory_format=torch.channels_last)  # channels side by side in memory
@@ -147,7 +150,7 @@ class Trainer:
             torch.optim.Adam(network.parameters(), lr=self.lr_now, betas=(0.0, 0.9), fused=True)
             for network in (self.generator, self.discriminator))
         self.fixed_z = torch.randn(100, self.latent_dim).to(run.device)  # every picture is drawn from these
-        self.plane = self.fixed_z[:1].repeat(100, 1)  # one of them, but for two entries, which sweep [-1, 1]
+        self.plane = self.fixed_z[:1].repeat(100, 1)  # the first of them, with two entries swept over [-1, 1]
         self.plane[:, :2] = torch.cartesian_prod(*2 * [torch.linspace(-1, 1, 10, device=run.device)])
         self.real_distance = common.mean_distance(train.images.pixels[:100] / 127.5)
 
@@ -224,13 +227,13 @@ class Trainer:
         panels = {"loss": ["discriminator loss", "generator loss"], "mean logit": ["real logit", "fake logit"],
                   "mean distance, real images = 1": ["diversity"]}
         if score:
-            measured[score.name] = score(lambda n: self.sample(torch.randn(n, self.latent_dim).to(run.device)))
+            measured[score.name] = score(lambda i: self.sample(torch.randn(len(i), self.latent_dim).to(run.device)))
             panels = {f"{score.name} (N {score.n:,})": [score.name]} | panels
         run.end_epoch(**measured)
         if not run.sampling:  # of several processes the first one writes
             return
         run.save_weights(generator=self.ema_generator)
-        if not score or measured[score.name] == min(run.history[score.name]):
+        if score and measured[score.name] == min(run.history[score.name]):
             weights = (run.folder / f"weights_iteration_{iteration}.pt").read_bytes()
             common.write(run.folder / "weights_best.pt", weights)
         common.save_grid(samples, run.folder / f"samples_{iteration}.png", columns=10)
@@ -261,8 +264,13 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs):
     run.model_kwargs["image_size"] = dataset_kwargs["image_size"]  # sampling rebuilds the networks from these
     train, test = datasets.load_data(**dataset_kwargs, shuffle=True, channels=3, device=run.device)
     _, count, features = (run.trainer_kwargs.pop(key) for key in ("eval_every", "score_images", "score_features"))
-    score = count and fid.Scorer(train, test, count, features, dataset_kwargs["data_dir"], max_share=math.inf,
-                                 fall_back=dataset_kwargs["allow_fallback"])
+    try:
+        score = count and fid.Scorer(train, test, count, features, dataset_kwargs["data_dir"],
+                                     fall_back=dataset_kwargs["allow_fallback"])
+    except common.BadInput as error:
+        if not dataset_kwargs["allow_fallback"]:
+            raise common.BadInput(f"{error}; or leave the scores out with --score_images 0")
+        score = common.say(f"WARNING: NO SCORES. {error}.", None)
     if score and run.checkpoint and run.checkpoint["epoch"] and score.name not in run.checkpoint["history"]:
         raise common.BadInput(f"{run.path} was scored otherwise than by the {score.name}; give another --output_dir")
     stream = datasets.Stream(train, dataset_kwargs["batch_size"] * d_steps, each // d_steps)

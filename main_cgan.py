@@ -67,7 +67,7 @@ class Generator(nn.Module):
         super().__init__()
         self.latent_dim, self.embedding = latent_dim, nn.Embedding(num_classes, embedding_dim)
         first, doublings = sides(image_size)
-        channels = [feature_maps * 2**i for i in reversed(range(doublings))] + [image_channels]  # 256, 128, 64, 3
+        channels = [feature_maps * 2**i for i in reversed(range(doublings))] + [image_channels]  # of digits: 32, 16, 1
         layers = [nn.ConvTranspose2d(latent_dim + embedding_dim, channels[0], kernel_size=first, bias=False)]
         for narrow, wide in zip(channels[1:], channels):
             # batch norm subtracts the mean, so the convolution before it needs no bias
@@ -107,7 +107,7 @@ class Discriminator(nn.Module):
         channels += [feature_maps * 2**i for i in range(halvings)]
         for i, (before, after) in enumerate(zip(channels, channels[1:])):
             layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=i == 0)]
-            # none on the first layer: the paper found that batch norm next to the pixels makes training oscillate
+            # none on the first layer: DCGAN's authors found that batch norm next to the pixels makes training oscillate
             layers += [nn.BatchNorm2d(after)] if i else []
             layers += [nn.LeakyReLU(0.2)]
         self.phi, self.psi = nn.Sequential(*layers), nn.Conv2d(channels[-1], 1, kernel_size=last)
@@ -129,7 +129,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """The paper's: convolutions from N(0, 0.02), batch norm scales from N(1, 0.02)."""
+    """DCGAN's for convolutions, N(0, 0.02^2); its authors' code has N(1, 0.02^2) for batch norm scales."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -199,7 +199,7 @@ class Trainer:
     def average(self):
         """ema = decay ema + (1 - decay) G, for weights and batch norm statistics alike.
 
-        The decay grows from 0.1 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
+        The decay grows from 0.18 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
         """
         t = self.generator.model[1].num_batches_tracked  # batch norm counts the steps, on the device
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
@@ -210,9 +210,9 @@ class Trainer:
         """Images (N, C, H, W) in [-1, 1] of the classes `labels`, of the averaged generator, in eval mode."""
         return self.ema_generator.sample(labels, z)
 
-    def draw(self, count):
-        """count new images, (count, C, H, W) in [-1, 1], and their labels: the classes in turn."""
-        labels = torch.arange(count, device=self.run.device) % self.num_classes
+    def draw(self, index):
+        """New images (N, C, H, W) in [-1, 1], and their labels: the number of the image modulo that of the classes."""
+        labels = index.to(self.run.device) % self.num_classes
         return self.sample(labels), labels
 
     def fit(self):
@@ -226,7 +226,7 @@ class Trainer:
                 run.log(step(images, labels))
             # 1 is as varied as the data; towards 0 a class has one picture left: mode collapse
             made = fid.distance_within_classes(self.sample(self.fixed_labels, self.fixed_z), self.fixed_labels)
-            shares = [made[c] / real for c, real in self.real_distances.items() if c in made] or [float("nan")]
+            shares = [made[c] / real for c, real in self.real_distances.items() if real and c in made] or [float("nan")]
             spread = {"diversity within class": sum(shares) / len(shares), "diversity within class, worst": min(shares)}
             draw = self.draw if self.score and epoch % self.score_every == 0 else None  # else nan, which is not drawn
             run.end_epoch(**spread, **(self.score.columns(draw) if self.score else {}))

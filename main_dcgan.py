@@ -98,7 +98,7 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """The paper's: convolutions from N(0, 0.02), batch norm scales from N(1, 0.02)."""
+    """The paper's for convolutions, N(0, 0.02^2); its authors' code has N(1, 0.02^2) for batch norm scales."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -168,7 +168,7 @@ class Trainer:
     def average(self):
         """ema = decay ema + (1 - decay) G, for weights and batch norm statistics alike.
 
-        The decay grows from 0.1 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
+        The decay grows from 0.18 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
         """
         t = self.generator.model[1].num_batches_tracked  # batch norm counts the steps, on the device
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
@@ -180,9 +180,9 @@ class Trainer:
         """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1] of the averaged generator, in eval mode."""
         return self.ema_generator(z)
 
-    def draw(self, count):
-        """count new images, (count, C, H, W) in [-1, 1]."""
-        return self.sample(torch.randn(count, self.latent_dim, device=self.run.device))
+    def draw(self, index):
+        """As many new images, (N, C, H, W) in [-1, 1], as index (N,) is long."""
+        return self.sample(torch.randn(len(index), self.latent_dim, device=self.run.device))
 
     def fit(self):
         """Train to num_epochs, continuing from a checkpoint if there is one."""

@@ -78,6 +78,12 @@ def test_shapes_at_every_size(size):
         assert gan_cub.Discriminator(8, size, spectral_norm)(images).shape == (2,)
 
 
+def test_only_the_pixels_are_not_rectified():
+    for block in gan_cub.Discriminator(feature_maps=3, image_size=32, spectral_norm=False).blocks[1:-1]:
+        assert isinstance(block.residual[1], torch.nn.ReLU)
+    assert all(isinstance(block.residual[1], torch.nn.ReLU) for block in gan_cub.Generator(4, 3, 32).model[2:5])
+
+
 def test_upsampling_is_nearest_neighbour_before_the_convolutions():
     x = torch.randn(2, 6, 5, 7)
     block = gan_cub.Generator(latent_dim=4, feature_maps=6, image_size=16).model[2].eval()
@@ -266,7 +272,7 @@ def test_stream_is_pass_after_pass_over_the_data():
 def test_short_run_writes_the_promised_files(tiny_cub, tmp_path):
     trainer = gan_cub.main(*tiny_cub())
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "history.csv", "checkpoint.pt", "weights_best.pt", "train_loss_curve.png",
+        "history.csv", "checkpoint.pt", "train_loss_curve.png",  # no scores: no weights are called the best
         *(name.format(i) for i in (4, 8) for name in ("samples_{}.png", "interpolations_{}.png",
                                                       "weights_iteration_{}.pt"))}
     rows = list(csv.DictReader(open(tmp_path / "out" / "history.csv")))
@@ -341,7 +347,7 @@ def quick_classifier(monkeypatch):
 
 def test_best_and_last_weights_are_kept(tiny_cub, tmp_path, monkeypatch, quick_classifier):
     scores = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr(fid.Scorer, "__call__", lambda self, draw: draw(2) is not None and next(scores))
+    monkeypatch.setattr(fid.Scorer, "__call__", lambda self, draw: len(draw(range(2))) == 2 and next(scores))
     gan_cub.main(*tiny_cub(num_iterations=12, score_images=20))
     weights = {path.stem: path.read_bytes() for path in (tmp_path / "out").glob("weights_*.pt")}
     assert weights["weights_best"] == weights["weights_iteration_8"] != weights["weights_iteration_12"]
@@ -374,6 +380,14 @@ def test_without_inception_the_classifier_scores_and_says_so(tiny_cub, tmp_path,
         assert "FID" not in str(panels)
     with pytest.raises(common.BadInput, match="could not be downloaded"):
         gan_cub.main(*tiny_cub(allow_fallback=False, output_dir=str(tmp_path / "strict"), **settings))
+    flat = tmp_path / "flat"  # no classes either: it is trained without scores
+    for number in range(30):
+        common.save_grid(torch.rand(1, 3, 16, 16), flat / f"{number}.png", 1, 0)
+    mine = dict(dataset_type="folder", data_dir=str(flat), output_dir=str(tmp_path / "mine"), batch_size=9, **settings)
+    trainer = gan_cub.main(*tiny_cub(**mine))
+    assert "NO SCORES" in capsys.readouterr().err and not {"FID", "classifier distance"} & set(trainer.run.history)
+    with pytest.raises(common.BadInput, match="could not be downloaded.*or leave the scores out with --score_images 0"):
+        gan_cub.main(*tiny_cub(**mine, allow_fallback=False, resume=False))
     monkeypatch.setattr(fid.Scorer, "__init__", lambda self, *a, **k: self.__dict__.update(name="FID", n=20))
     with pytest.raises(common.BadInput, match="scored otherwise"):
         gan_cub.main(*tiny_cub(**settings))
@@ -398,7 +412,7 @@ def test_experiment_compares_the_losses(tiny_cub, tmp_path, quick_classifier, ca
 
 def test_fid_opens_its_weights(tiny_cub, tmp_path):
     gan_cub.main(*tiny_cub())
-    source = fid.of_weights(str(tmp_path / "out" / "weights_best.pt"), 5, 0, torch.device("cpu"))
+    source = fid.of_weights(str(tmp_path / "out" / "weights_iteration_8.pt"), 5, 0, torch.device("cpu"))
     images, _ = source.read(torch.arange(5))
     assert images[0].shape == (5, 3, 16, 16) and source.data == "digits"
 

@@ -261,6 +261,18 @@ def test_size_channels_and_classes_follow_the_data(dataset_type, classes, channe
     assert ("THIS IS NOT" in capsys.readouterr().err) == (dataset_type != "digits")
 
 
+def test_every_class_is_scored_equally_often_and_one_of_equal_pictures_does_no_harm(tiny, tmp_path):
+    for label in range(3):
+        for number in range(4):
+            shade = 50 * label + (number if label else 0)
+            (tmp_path / "mine" / f"{label}").mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (16, 16), (shade, shade, 9)).save(tmp_path / "mine" / f"{label}" / f"{number}.png")
+    trainer = main_cgan.main(*tiny(main_cgan, dataset_type="folder", data_dir=str(tmp_path / "mine"), batch_size=4,
+                                   num_epochs=1, **SMALL))
+    assert trainer.run.history["diversity within class"][0] > 0
+    assert trainer.draw(torch.tensor([7, 0, 5]))[1].tolist() == [1, 0, 2]
+
+
 def test_a_folder_needs_a_sub_folder_a_class(tmp_path, command_line):
     for i in range(4):
         Image.new("RGB", (20, 20), (60 * i, 0, 0)).save(tmp_path / f"{i}.png")
