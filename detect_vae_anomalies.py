@@ -1,12 +1,13 @@
 """Can a VAE tell what it was not trained on? Scores of single images, judged on anomalies from easy to hard.
 
-paper:  An and Cho 2015, Variational Autoencoder based Anomaly Detection using Reconstruction Probability, SNU-IDC
+paper:  An and Cho 2015, Variational Autoencoder based Anomaly Detection using Reconstruction Probability, Special
+        Lecture on IE, Seoul National University (that probability is E log p(x|z); the negative ELBO adds the KL to it)
         Davis and Goadrich 2006, The Relationship Between Precision-Recall and ROC Curves, ICML (no straight PR lines)
 run:    python detect_vae_anomalies.py              (the newest weights with an encoder; any key below is an option)
         python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4       (then also judged on that digit)
 writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png, anomaly_detection.csv
-expect: MNIST, one digit left out, mean AUROC of the ten, 10 epochs: 32 latents reconstruction 0.706, latent distance
-        0.923; 2 latents 0.773, 0.457; pixel distance 0.852; about a minute each of one AMD EPYC core
+expect: MNIST, one digit left out, mean AUROC of the ten, 10 epochs: 32 latents: reconstruction 0.706, latent distance
+        0.923; 2 latents: 0.773 and 0.457; pixel distance, without a network: 0.852; a minute each of one AMD EPYC core
 """
 import io
 from pathlib import Path
@@ -268,7 +269,7 @@ def main(source_kwargs, detection_kwargs):
     save_histograms(clean["reconstruction"], {kind: strange[kind]["reconstruction"] for kind in best_first},
                     thresholds["reconstruction"], {kind: results[kind, "reconstruction"] for kind in best_first}, title,
                     folder / "reconstruction_error_distribution.png")
-    shown = next(iter(anomalies)) if left_out else best_first[-1]
+    shown = next(iter(anomalies)) if left_out is not None else best_first[-1]
     save_borderline({"clean": (judged, clean["reconstruction"]),
                      shown: (anomalies[shown], strange[shown]["reconstruction"])}, score,
                     thresholds["reconstruction"], folder / "anomalies_at_threshold.png")

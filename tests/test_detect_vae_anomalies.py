@@ -28,6 +28,15 @@ def vae(tiny):
     return trainer.run.folder / "weights_epoch_1.pt"
 
 
+def test_a_zero_that_was_left_out_is_what_is_shown(tiny, monkeypatch):
+    main_vae.main(*tiny(main_vae, num_epochs=1, batch_size=500, hidden_size=8, latent_dim=2, iwae_samples=0,
+                        exclude_class=0, output_dir="no_zero"))
+    shown = []
+    monkeypatch.setattr(detect, "save_borderline", lambda rows, *_: shown.extend(rows))
+    run("no_zero/weights_epoch_1.pt")
+    assert shown == ["clean", "0, never trained on"]
+
+
 def by_definition(clean, anomalous):
     """AUROC from all pairs and from trapezoids, and average precision, from loops over the thresholds."""
     pairs = np.mean([(a > c) + 0.5 * (a == c) for a in anomalous for c in clean])
