@@ -6,6 +6,7 @@ import contextlib
 import csv
 import ctypes
 import io
+import itertools
 import os
 import random
 import shutil
@@ -26,6 +27,7 @@ REFRESH_SECONDS = 1.0  # between two looks at the losses; each look makes the ho
 AGREE_STEPS = 16  # of several processes: between two looks at whether one was told to stop
 FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "device", "num_threads", "precision", "cuda_graph",
                   "sample_every", "resume", "allow_fallback"}  # when continuing
+LOWER = "train anew with a lower learning rate and another --output_dir"
 
 
 # --------------------------------------------------------------------------------------------------- processes
@@ -71,7 +73,7 @@ def average_gradients(optimizer):
 def keep_freed_memory():
     """On Linux: let the memory of large tensors be used again rather than handed back to the system at every step.
 
-    glibc maps blocks above 32 MiB anew each time, and the system zeroes them: main_ae's step took 592 ms, so 485.
+    glibc maps blocks above 32 MiB anew each time, and the system zeroes them: main_ae took 592 ms a step, 485 so.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):  # musl has none
@@ -91,7 +93,7 @@ class Run:
     After each epoch history.csv and, last of all, checkpoint.pt are written: what it says is done is on the disk.
     Order of the data and noise depend on the seed alone, so a continued run ends as an uninterrupted one does.
     """
-    unit, each = "epoch", 1  # where iterations are counted, an epoch here is `each` of them; so in every name and text
+    unit, each = "epoch", 1  # gan_cub.py counts iterations: an epoch is `each` of them, and names and messages say so
 
     def __init__(self, script, model_kwargs, dataset_kwargs, *, num_epochs, output_dir, sample_every, seed, device,
                  num_threads, resume, cuda_graph, **trainer_kwargs):
@@ -104,6 +106,7 @@ class Run:
         self.script, self.model_kwargs, self.trainer_kwargs = Path(script).stem, dict(model_kwargs), trainer_kwargs
         self.num_epochs, self.sample_every, self.seed, self.folder = num_epochs, sample_every, seed, Path(output_dir)
         self.cuda_graph = cuda_graph
+        self.again = "run the same command again" + ("" if resume else " without --resume false")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self.folder).close()
@@ -148,8 +151,9 @@ class Run:
         need, free = 8 * weights, shutil.disk_usage(self.folder).free  # weights, two moments and the rest, old and new
         if need > free:
             raise BadInput(f"{self.folder} has {free / 2**20:.0f} MiB free; checkpoints need {need / 2**20:.0f} MiB")
-        if self.path.is_file() and not self.checkpoint and not RANK:
-            os.replace(self.path, self.folder / "checkpoint_before.pt")  # starting over loses nothing either
+        if self.path.is_file() and not self.checkpoint and self.num_epochs and not RANK:  # starting over loses nothing
+            os.replace(self.path, next(path for number in itertools.count(1) if not (
+                path := self.folder / f"checkpoint_before_{number}.pt").exists()))
         self.bar = None
         if sys.stderr.isatty() and not RANK:
             from tqdm import tqdm
@@ -193,7 +197,7 @@ class Run:
                 looked = time.monotonic()
 
     def _stay_alike(self):
-        """After a step: give all processes the same losses and batch norm statistics, and tell who was told to stop.
+        """After a step: give all processes the same losses and batch norm statistics; learn if one was told to stop.
 
         Within the step each process normalises with its own batch.
         """
@@ -224,7 +228,7 @@ class Run:
         rows = self._look()
         if not all(p.isfinite().all() for network in self._networks() for p in network.parameters()):
             raise FloatingPointError(f"weights are no longer finite after {self._count(self.epoch)}; "
-                                     f"{self._last_good()}; try a lower learning rate")
+                                     f"{self._last_good()}; {LOWER}")
         sizes = torch.tensor(self.sizes, dtype=torch.float64)
         means = (sizes @ rows.double() / sizes.sum()).tolist()
         row = {self.unit: self.epoch * self.each, "data": self.train.name, **dict(zip(self.names, means)),
@@ -260,8 +264,7 @@ class Run:
         rows = self.rows[:self.step].cpu()
         for step, column in (~rows.isfinite()).nonzero().tolist()[:1]:
             raise FloatingPointError(f"{self.names[column]} became {rows[step, column].item()} at "
-                                     f"{self._count(self.epoch)}, step {step + 1}; {self._last_good()}; "
-                                     "try a lower learning rate")
+                                     f"{self._count(self.epoch)}, step {step + 1}; {self._last_good()}; {LOWER}")
         if self.bar:
             self.bar.set_description(f"{self._count(self.epoch)}/{self.num_epochs * self.each}", refresh=False)
             self.bar.set_postfix({name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}, False)
@@ -289,12 +292,13 @@ class Run:
             distributed.all_gather_object(rngs, rng)
         save(self.path,
              {"script": self.script, "model_kwargs": self.model_kwargs, "settings": self.settings,
-              "data": self.train.name, "epoch": epoch, "step": step, "names": self.names,
-              "rows": self.rows[:step].clone(), "history": self.history, "rng": rngs,
+              "data": self.train.name, "images": len(getattr(self.train, "images", self.train)), "epoch": epoch,
+              "step": step, "names": self.names, "rows": self.rows[:step].clone(), "history": self.history, "rng": rngs,
               "state": {name: part.state_dict() for name, part in self.state.items()}})
 
     def _restore(self, old):
-        self._compare({"data": old["data"]}, {"data": self.train.name})
+        self._compare({"data": old["data"], "images": old["images"]},
+                      {"data": self.train.name, "images": len(getattr(self.train, "images", self.train))})
         for name, part in self.state.items():
             part.load_state_dict(old["state"][name])
         self.epoch, self.start, self.history, self.names = old["epoch"], old["step"], old["history"], old["names"]
@@ -316,9 +320,9 @@ class Run:
 
     def _give_way(self):
         if self.stopped_by == signal.SIGTERM:
-            sys.exit(say(f"{self.script}.py: stopped and saved; run the same command again to continue", 143))
+            sys.exit(say(f"{self.script}.py: stopped and saved; {self.again} to continue", 143))
         if self.stopped_by:
-            raise KeyboardInterrupt("stopped and saved; run the same command again to continue")
+            raise KeyboardInterrupt(f"stopped and saved; {self.again} to continue")
 
 
 class _Graph:

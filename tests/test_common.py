@@ -156,17 +156,26 @@ def test_other_data_than_before_are_refused(tiny, monkeypatch):
     monkeypatch.setattr(datasets, "_torchvision", lambda *_: datasets._digits(1, 10))
     with pytest.raises(common.BadInput, match="data was 'digits .bundled, in place of mnist.', is 'mnist'"):
         main_gan.main(*tiny(main_gan, dataset_type="mnist", num_epochs=2))
+    (train, test), names = datasets._digits(1, 10)
+    monkeypatch.setattr(datasets, "_digits", lambda *_: ([[part[:-1] for part in train], test], names))
+    monkeypatch.setattr(datasets, "_torchvision", offline)
+    with pytest.raises(common.BadInput, match="images was 4500, is 4499"):
+        main_gan.main(*tiny(main_gan, dataset_type="mnist", num_epochs=2))
 
 
 def test_resume_false_starts_over_and_keeps_the_old_checkpoint(tiny, tmp_path):
     main_gan.main(*tiny(main_gan, num_epochs=2))
     old = (tmp_path / "out" / "checkpoint.pt").read_bytes()
     assert main_gan.main(*tiny(main_gan, num_epochs=1, resume=False)).run.history["epoch"] == [1]
-    assert (tmp_path / "out" / "checkpoint_before.pt").read_bytes() == old
+    assert (tmp_path / "out" / "checkpoint_before_1.pt").read_bytes() == old
     new = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    main_gan.main(*tiny(main_gan, num_epochs=0, resume=False))
     with pytest.raises(common.BadInput):
         main_gan.main(*tiny(main_gan, resume=False, image_size=20))
-    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == new, "a refused start moves nothing"
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == new, "a refused start moves nothing, nor a mere check"
+    main_gan.main(*tiny(main_gan, num_epochs=1, resume=False))
+    assert (tmp_path / "out" / "checkpoint_before_1.pt").read_bytes() == old
+    assert (tmp_path / "out" / "checkpoint_before_2.pt").read_bytes() == new
 
 
 @pytest.mark.parametrize("change", ["loss", "weights"])

@@ -130,9 +130,11 @@ def test_stopped_in_mid_epoch_it_continues_to_the_same_bytes(number, status, tin
 
     monkeypatch.setattr(main_gan.Trainer, "step", interrupted)
     before = signal.getsignal(number)
-    for _ in range(2):
-        with pytest.raises(status):
-            main_gan.main(*tiny(main_gan, num_epochs=2, output_dir="out", data_dir="data"))
+    for resume in (False, True):
+        with pytest.raises(status) as stopped:
+            main_gan.main(*tiny(main_gan, num_epochs=2, output_dir="out", data_dir="data", resume=resume))
+        told = f"{stopped.value} {capsys.readouterr().err}"
+        assert "the same command again" in told and ("without --resume false" in told) == (not resume)
         assert signal.getsignal(number) == before
     main_gan.main(*tiny(main_gan, num_epochs=2, output_dir="out", data_dir="data"))
     names = ["history.csv", "checkpoint.pt", "weights_epoch_2.pt", "generated_image_epoch_2.png"]
