@@ -28,12 +28,12 @@ def vae(tiny):
     return trainer.run.folder / "weights_epoch_1.pt"
 
 
-def test_a_zero_that_was_left_out_is_what_is_shown(tiny, monkeypatch):
+def test_a_zero_that_was_left_out_is_what_is_shown(tiny, tmp_path, monkeypatch):
     main_vae.main(*tiny(main_vae, num_epochs=1, batch_size=500, hidden_size=8, latent_dim=2, iwae_samples=0,
-                        exclude_class=0, output_dir="no_zero"))
+                        exclude_class=0))
     shown = []
     monkeypatch.setattr(detect, "save_borderline", lambda rows, *_: shown.extend(rows))
-    run("no_zero/weights_epoch_1.pt")
+    run(tmp_path / "out" / "weights_epoch_1.pt")
     assert shown == ["clean", "0, never trained on"]
 
 
