@@ -29,7 +29,7 @@ model_kwargs = {
     "image_channels": 3,  # 1 | 3; grey or colour, which also decides the loss; mnist is grey whatever stands here
 }
 dataset_kwargs = {
-    "dataset_type": "cifar10",  # mnist | cifar10 | folder | digits; digits is the bundled sample of MNIST
+    "dataset_type": "cifar10",  # mnist | cifar10 | sprites | folder | digits; digits is the bundled sample of MNIST
     "batch_size": 256,  # >= 1; images a step
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
@@ -42,7 +42,7 @@ trainer_kwargs = {
     "beta": 1.0,  # >= 0; weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear; linear: 0 in epoch 1, beta / beta_epochs more in each, up to beta
     "beta_epochs": 20,  # >= 1; of the linear schedule: beta itself is reached in the epoch after these
-    "ema_decay": 0.99,  # in [0, 1); tests, pictures and weights are of networks averaged over about 100 steps; 0: not
+    "ema_decay": 0.99,  # in [0, 1); test, pictures, weights are of networks averaged over 100 steps; 0: of the last
     "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
     "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; trains several settings to compare
     "output_dir": "cifar10_VAE",  # everything is written there
@@ -181,7 +181,7 @@ class Trainer:
     def average(self):
         """ema = decay ema + (1 - decay) now, for every weight: the noise of single steps cancels.
 
-        The decay grows from 0.1 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
+        The decay grows from 0.18 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
         """
         t = self.optimizer.state[self.parameters[0]]["step"]  # Adam counts the steps, on the device
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)

@@ -1,4 +1,4 @@
-"""A fully connected variational autoencoder (VAE) on MNIST, with a likelihood of one coin per pixel.
+"""A fully connected variational autoencoder (VAE) on MNIST; a pixel is a Bernoulli variable: ink or none.
 
 paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
         Burda et al. 2015, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519 (the bound at the end)
@@ -21,7 +21,7 @@ import training
 
 model_kwargs = {
     "hidden_size": 1024,  # >= 1; width of the two hidden layers of encoder and decoder
-    "latent_dim": 32,  # >= 1; entries of z; 23 come into use, and the idle ones are noise that slows the decoder
+    "latent_dim": 32,  # >= 1; entries of z; 23 are in use after 50 epochs, the others only add noise to the decoder
     "image_size": 784,  # >= 1; pixels of a flattened grey image, a square number: 784 is 28 x 28
 }
 dataset_kwargs = {
@@ -123,10 +123,10 @@ def kl_divergence(mu, logvar):
 
 
 def importance_weighted_bound(mu, logvar, log_likelihood, k):
-    """log p(x) >= log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x), z_i ~ q(z|x) = N(mu, sigma^2): eq. (8) of Burda et al.
+    """log p(x) >= E log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x), z_i ~ q(z|x) = N(mu, sigma^2): eq. (8) of Burda et al.
 
-    mu, logvar (N, D); log_likelihood(z) gives log p(x|z), (N,). Returns (N,) in nats. k = 1 is the VAE's own bound;
-    it grows with k towards log p(x).
+    mu, logvar (N, D); log_likelihood(z) gives log p(x|z), (N,). Returns (N,) in nats, one draw of what E averages; its
+    mean is the bound. k = 1 is the VAE's own; it grows with k towards log p(x).
     """
     weights = []
     for _ in range(k):
