@@ -428,10 +428,11 @@ def main(source_kwargs, metric_kwargs):
                 else inception_features(o.inception_weights, o.data_dir, o.resize, device))
     real = measure(reals, features, sys.maxsize, o.batch_size)
     fake = measure(fakes, features, o.num_images, o.batch_size)
-    made, known = (getattr(source, "class_names", None) for source in (fakes, reals))
-    if made and known and made != known:  # a folder of images: its classes go by their names
-        index = torch.tensor([known.index(name) if name in known else -1 for name in made])
-        fake.labels = index[fake.labels] if len(fake.labels) and min(index) >= 0 else fake.labels[:0]
+    names, known = (getattr(source, "class_names", []) for source in (fakes, reals))
+    if len(fake.labels) and known and not {"data", "pair"} & vars(fakes).keys():  # a folder: its classes go by name
+        index = {key: label for label, name in enumerate(known) for key in (name.split(" - ")[0], name)}
+        fake.labels = (torch.tensor([index[name] for name in names])[fake.labels] if {*names} <= {*index}
+                       else fake.labels[:0])
     result = {features.metric: real.distance(fake), "N": fake.n or "unknown"}
     result.update({"features": features.name, "resize": features.resize})
     if pair:  # what a perfect generator would get

@@ -370,7 +370,7 @@ def trained(tiny, tmp_path):
     return tmp_path / "out" / "weights_epoch_1.pt"
 
 
-def test_a_folder_s_classes_go_by_name(quick, tmp_path):
+def test_a_folder_s_classes_go_by_name(quick, tmp_path, monkeypatch):
     test = datasets.load_data("digits", "", False, 1, False, 28, 1, "cpu")[1]
     for name, label in ("7", 7), ("3", 3):
         for number, image in enumerate(test.pixels[test.labels == label][:30]):
@@ -378,6 +378,9 @@ def test_a_folder_s_classes_go_by_name(quick, tmp_path):
     kwargs = {"generated": tmp_path / "made", "real": "digits:train", "features": "classifier", "data_dir": quick}
     assert measure(tmp_path, **kwargs)["asked class"] > 0.8
     assert set(json.loads(next((tmp_path / "scores").glob("*.json")).read_text())["classes"]) == {"3", "7"}
+    monkeypatch.setattr(datasets, "_torchvision", lambda *_: (
+        datasets._digits(1, 10)[0], [f"{digit} - its name" for digit in range(10)]))
+    assert measure(tmp_path, **{**kwargs, "real": "mnist:train"})["asked class"] > 0.8
     (tmp_path / "made" / "7").rename(tmp_path / "made" / "second run")
     assert "asked class" not in measure(tmp_path, **kwargs)
 
