@@ -3,7 +3,7 @@
 paper:  White 2016, Sampling Generative Networks, https://arxiv.org/abs/1609.04468 (why spherical); slerp itself is
         Shoemake's, Animating Rotation with Quaternion Curves, SIGGRAPH 1985
 run:    python latent_space_interpolation.py        (the newest weights here; any key below is an option)
-writes: beside the weights: latent_space_interpolation.png, latent_space_interpolation.csv (how even the steps are),
+writes: beside the weights: latent_space_interpolation.png, latent_space_interpolation.csv (length and evenness of walks),
         latent_space_walk.gif (a closed walk through several points)
 expect: main_vae on MNIST, 50 epochs: mean step 1.27 times a cross-fade's on straight lines, 1.31 on great circles, 1.38
         between test images; 5 s of one AMD EPYC core
@@ -146,9 +146,9 @@ def save_picture(panels, steps, title, path):
     for style, (name, change) in zip(("o-", "s--", "^:"), steps.items()):
         curves.plot(range(1, change.shape[1] + 1), change.mean(0).cpu(), style, markersize=4, label=name)
     curves.axhline(1, color="gray", linewidth=1, label="a cross-fade of the ends")
-    curves.set(xlabel="step", ylabel="change of the pixels", ylim=(0, None))
+    curves.set(xlabel="step", ylabel="change of the pixels (cross-fade = 1)", ylim=(0, None))
     curves.xaxis.get_major_locator().set_params(integer=True)
-    curves.set_title("how even the steps are (mean over rows)", fontsize=10)
+    curves.set_title("change from step to step (mean over rows)", fontsize=10)
     curves.legend(fontsize=8)
     for one in spare:
         one.axis("off")
