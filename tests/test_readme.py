@@ -15,8 +15,9 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 PAGE_TEXTS = [re.sub(r"\\\n +", "", page.read_text(encoding="utf-8")).replace("$folder", "mnist_VAE_without_4")
               .replace("$digit", "4").replace("$latents", "2") for page in PAGES]
-BLOCKS = [block for text in PAGE_TEXTS for block in re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
-INLINE = [line for text in PAGE_TEXTS for line in re.findall(r"`((?:python|torchrun) [^`\n]+)`", text)]
+FENCED = [found for text in PAGE_TEXTS for found in re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)]
+BLOCKS = [block for language, block in FENCED if not language]
+INLINE = [" ".join(line.split()) for text in PAGE_TEXTS for line in re.findall(r"`((?:python|torchrun) [^`]+)`", text)]
 COMMANDS = sorted({re.split(r"  +|#", line)[0].strip() for block in [*BLOCKS, *INLINE] for line in block.splitlines()
                    for line in line.strip().split(" && ") if line.startswith(("python ", "torchrun "))})
 # what shrinks a command to seconds, where the script has the key; later options win
@@ -85,13 +86,14 @@ def test_command(command, folder, monkeypatch, capsys):
 
 
 def test_there_are_commands_for_every_script():
+    assert sum(line.startswith("```") for text in PAGE_TEXTS for line in text.splitlines()) == 2 * len(FENCED)
     scripts = {path.name for path in ROOT.glob("*.py")} - {"common.py", "datasets.py", "training.py"}
     assert scripts <= {word for command in COMMANDS for word in command.split()}
 
 
 def test_python_snippets_run(folder, monkeypatch):
     monkeypatch.chdir(folder)
-    snippets = [s for text in PAGE_TEXTS for s in re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)]
+    snippets = [block for language, block in FENCED if language == "python"]
     assert snippets
     for i, snippet in enumerate(snippets):
         for path in re.findall(r'"(\w+/weights_\w+\.pt)"', snippet):
