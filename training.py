@@ -297,8 +297,8 @@ class Run:
               "state": {name: part.state_dict() for name, part in self.state.items()}})
 
     def _restore(self, old):
-        self._compare({"data": old["data"], "images": old["images"]},
-                      {"data": self.train.name, "images": len(getattr(self.train, "images", self.train))})
+        now = {"data": self.train.name, "images": len(getattr(self.train, "images", self.train))}
+        self._compare({name: old.get(name, value) for name, value in now.items()}, now)
         for name, part in self.state.items():
             part.load_state_dict(old["state"][name])
         self.epoch, self.start, self.history, self.names = old["epoch"], old["step"], old["history"], old["names"]
