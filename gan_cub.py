@@ -9,7 +9,7 @@ writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png
         weights_iteration_{I}.pt (for sampling), checkpoint.pt (the same command continues from it);
         an experiment: such a folder for each loss, losses.png, losses.csv
 expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations, seed 0, bfloat16,
-        classifier distance, N 2,000: gan 1070, lsgan 636, wgan-gp 278, hinge 762; 18 CPU minutes, AMD EPYC, torch 2.15
+        classifier distance at the end, N 2,000: gan 1070, lsgan 636, wgan-gp 278, hinge 762; 18 min of an AMD EPYC core
 """
 import io
 import math
