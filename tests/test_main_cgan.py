@@ -7,7 +7,7 @@ import common
 import fid
 import main_cgan
 
-SMALL = dict(feature_maps=4, latent_dim=8, embedding_dim=4)
+SMALL = dict(feature_maps=4, latent_dim=8, embedding_dim=4, generator_lr=0.001, discriminator_lr=0.001)
 
 
 @pytest.fixture(scope="module")
