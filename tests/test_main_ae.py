@@ -1,6 +1,7 @@
 import csv
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch.distributions import Bernoulli, Normal, kl_divergence
@@ -115,6 +116,14 @@ def test_a_step_is_the_textbook_s(trainer, monkeypatch):
     assert torch.allclose(values["loss"], loss, rtol=1e-4)
     assert torch.allclose(flat(trainer.decoder), flat(decoder), atol=1e-5)
     assert torch.allclose(flat(trainer.encoder), flat(encoder), atol=1e-5)
+
+
+def test_pixel_art_is_drawn_in_its_own_size(tiny, tmp_path):
+    np.savez(tmp_path / "sprites.npz", images=np.random.RandomState(0).randint(0, 255, (200, 16, 16, 3), np.uint8),
+             labels=np.arange(200) % 5)
+    trainer = main_ae.main(*tiny(main_ae, dataset_type="sprites", data_dir=str(tmp_path), image_size=16, latent_dim=4,
+                                 feature_maps=4, num_epochs=0, batch_size=50))
+    assert trainer.train.name == "sprites" and trainer.ema_decoder(torch.zeros(2, 4)).shape == (2, 3, 16, 16)
 
 
 def test_train_and_test_losses_agree_on_the_same_images(trainer):
