@@ -138,6 +138,7 @@ class Run:
     def epochs(self, train, state):
         """Yield the epochs (from 1) that are still to be trained on `train`, an Images."""
         self.train, self.state, self.names, self.rows = train, state, [], None
+        self.data = {"data": train.name, "images": len(getattr(train, "images", train))}  # a Stream's are in its images
         self.sizes = [len(index) for index in train.order(self.seed, 1)]  # images a step, of this process
         self.buffers = [b for network in self._networks() for b in network.buffers() if b.is_floating_point()]
         if self.checkpoint:
@@ -292,13 +293,12 @@ class Run:
             distributed.all_gather_object(rngs, rng)
         save(self.path,
              {"script": self.script, "model_kwargs": self.model_kwargs, "settings": self.settings,
-              "data": self.train.name, "images": len(getattr(self.train, "images", self.train)), "epoch": epoch,
-              "step": step, "names": self.names, "rows": self.rows[:step].clone(), "history": self.history, "rng": rngs,
+              **self.data, "epoch": epoch, "step": step, "names": self.names, "rows": self.rows[:step].clone(),
+              "history": self.history, "rng": rngs,
               "state": {name: part.state_dict() for name, part in self.state.items()}})
 
     def _restore(self, old):
-        now = {"data": self.train.name, "images": len(getattr(self.train, "images", self.train))}
-        self._compare({name: old.get(name, value) for name, value in now.items()}, now)
+        self._compare({name: old.get(name, value) for name, value in self.data.items()}, self.data)
         for name, part in self.state.items():
             part.load_state_dict(old["state"][name])
         self.epoch, self.start, self.history, self.names = old["epoch"], old["step"], old["history"], old["names"]
