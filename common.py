@@ -1,71 +1,65 @@
-"""Plumbing that every script shares: settings, device and seed, files, pictures.
+"""What every script shares: settings from the command line, data sets, pictures, weights files.
 
-Nothing about a model is in here: no network, no loss, no optimiser step. A script can be understood without it.
+Nothing about a model is in here: no network, no loss, no optimiser step.
 """
+
 import argparse
-import ast
+import csv
 import difflib
 import gc
+import hashlib
 import importlib
 import io
 import math
 import os
 import random
 import re
+import socket
 import sys
+import tarfile
+import tempfile
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import distributed
-from torch.nn import functional as F
 
-# matplotlib, Pillow and tqdm are imported where they are used: --help and the first step need none of them.
+# matplotlib, Pillow, torchvision and tqdm are imported where they are used,
+# because --help and the first step need none of them.
 
-RANK, PROCESSES = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets these
+# torchrun sets these two variables in each of its processes
+RANK = int(os.environ.get("RANK", "0"))
+PROCESSES = int(os.environ.get("WORLD_SIZE", "1"))
+
+
+# ----------------------------------------------------------------------- settings
 
 
 class BadInput(ValueError):
-    """Something that the user can put right: one line on stderr and exit status 2, before any work."""
+    """Something that the user can put right: one line on stderr, exit status 2."""
 
 
-# ---------------------------------------------------------------------------------------------------- settings
+def require(condition, sentence):
+    """Raise BadInput with this sentence, which names what is legal, unless the condition holds."""
+    if not condition:
+        raise BadInput(sentence)
 
 
-def describe(script):
-    """Read a script's dicts from lines of the form `"key": default,  # comment`: {key: (default, comment)}."""
-    lines = re.findall(r'^    "(\w+)": (.+?),(?: +# (.+))?$', Path(script).read_text(encoding="utf-8"), re.MULTILINE)
-    return {key: (ast.literal_eval(default), comment) for key, default, comment in lines}
+def warn(line):
+    """Print one line on stderr, in the first process only."""
+    if RANK == 0:
+        print(" ".join(line.split()), file=sys.stderr, flush=True)
 
 
-def check(script, settings):
-    """Hold {key: value} against the script's defaults and comments. Raises BadInput.
-
-    A comment may open with the legal values, ended by a semicolon: `a | b | c;`, `>= 1;`, `> 0;` or `in [0, 1);`.
-    """
-    described = describe(script)
-    for key, value in settings.items():
-        default, comment = described.get(key, (value, ""))
-        legal = comment.partition(";")[0] if ";" in comment else ""
-        kinds = (int, float) if isinstance(default, float) else type(default)
-        if not isinstance(value, kinds) or isinstance(value, bool) != isinstance(default, bool):
-            raise BadInput(f"{key} takes a value of type {type(default).__name__}, not {value!r}")
-        fits = not isinstance(value, float) or math.isfinite(value)
-        if bound := re.fullmatch(r"(>=?) (\S+)", legal):
-            fits = fits and (value > float(bound[2]) or (bound[1] == ">=" and value == float(bound[2])))
-        elif bound := re.fullmatch(r"in ([\[(])(\S+), (\S+)([\])])", legal):
-            low, high = float(bound[2]), float(bound[3])
-            fits = low < value < high or (value == low and bound[1] == "[") or (value == high and bound[4] == "]")
-        elif " | " in legal:
-            fits = str(value) in legal.split(" | ")
-        if not fits:
-            raise BadInput(f"{key} is {value!r}; legal: {legal or 'a finite number'}")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise BadInput(message)
+def read_comments(script):
+    """{key: comment} of the lines `"key": value,  # comment`. They are shown by --help only."""
+    text = Path(script).read_text(encoding="utf-8")
+    return dict(re.findall(r'^ +"(\w+)": .*?  # (.+)$', text, re.MULTILINE))
 
 
 def boolean(text):
@@ -74,215 +68,735 @@ def boolean(text):
     return text.lower() == "true"
 
 
-def run(main, *dicts):
-    """Call `main` with the script's dicts and the command line's `--KEY VALUE` put into them.
+def finite(text):
+    if not math.isfinite(float(text)):
+        raise ValueError(text)
+    return float(text)
 
-    Exit status: 0 done; 1 the run broke off (loss not finite, disk full); 2 bad input; 130 Ctrl-C; 143 SIGTERM.
+
+finite.__name__ = "float"  # the name that argparse shows
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise BadInput(message)
+
+
+def parse_command_line(script, description, dicts):
+    """Copies of the script's dicts, in which `--KEY VALUE` of the command line is put."""
+    parser = Parser(
+        prog=script.name,
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    comments = read_comments(script)
+    readers = {bool: boolean, int: int, float: finite, str: str}
+    for kwargs in dicts:
+        for key, default in kwargs.items():
+            if type(default) not in readers:
+                continue  # such as a Dataset: it can be changed in the file only
+            parser.add_argument(
+                f"--{key}",
+                type=readers[type(default)],
+                default=default,
+                metavar="true|false" if isinstance(default, bool) else type(default).__name__,
+                help=f"{comments.get(key, '')} (default: {default})".replace("%", "%%"),
+            )
+    chosen, unknown = parser.parse_known_args()
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].lstrip("-"), vars(chosen), n=1)
+        advice = f"did you mean --{near[0]}?" if near else "see --help"
+        raise BadInput(f"unknown key {unknown[0]}; {advice}")
+    return [{key: getattr(chosen, key, kwargs[key]) for key in kwargs} for kwargs in dicts]
+
+
+def run_script(main, *dicts):
+    """Call `main` with the script's dicts, changed as the command line says.
+
+    Exit status: 0 done; 1 the run broke off (a loss is not finite, the disk is full);
+    2 bad input; 130 Ctrl-C; 143 SIGTERM.
     """
     script = Path(main.__code__.co_filename)
-    parser = _Parser(prog=script.name, description=main.__globals__["__doc__"], allow_abbrev=False,
-                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    described = describe(script)
-    for key, value in (item for kwargs in dicts for item in kwargs.items()):
-        kind = type(value)
-        help_line = f"{described.get(key, (value, ''))[1]} (default: {value})"
-        parser.add_argument(f"--{key}", type=boolean if kind is bool else kind, default=argparse.SUPPRESS,
-                            metavar="true|false" if kind is bool else kind.__name__, help=help_line.replace("%", "%%"))
     try:
-        chosen, unknown = parser.parse_known_args()
-        if unknown:
-            near = difflib.get_close_matches(unknown[0].lstrip("-"), vars(chosen).keys() | described.keys(), n=1)
-            raise BadInput(f"unknown key {unknown[0]}" + (f"; did you mean --{near[0]}?" if near else "; see --help"))
-        main(*({key: getattr(chosen, key, value) for key, value in kwargs.items()} for kwargs in dicts))
+        main(*parse_command_line(script, main.__globals__["__doc__"], dicts))
     except BadInput as error:
-        sys.exit(say(f"{script.name}: {error}", 2))
+        warn(f"{script.name}: {error}")
+        sys.exit(2)
     except (FloatingPointError, OSError) as error:
-        sys.exit(say(f"{script.name}: {error}", 1))
+        warn(f"{script.name}: {error}")
+        sys.exit(1)
     except KeyboardInterrupt as error:
-        sys.exit(say(f"{script.name}: {str(error) or 'interrupted'}", 130))
+        warn(f"{script.name}: {str(error) or 'interrupted'}")
+        sys.exit(130)
     finally:
         if distributed.is_available() and distributed.is_initialized():
             distributed.destroy_process_group()
 
 
-def say(line, status=None):
-    """Print one line on stderr, in the first process only; returns `status`."""
-    if RANK == 0:
-        print(" ".join(line.split()), file=sys.stderr, flush=True)
-    return status
-
-
 def choose_device(device):
-    """`auto` is cuda, else mps, else cpu. Returns a torch.device; raises BadInput if this machine has none such."""
+    """A torch.device; `auto` takes cuda, else mps, else cpu. Raises BadInput if it is not there."""
+    if isinstance(device, torch.device):
+        return device
     if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else device
     if device == "cuda" and PROCESSES > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # a GPU each
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # each process has a GPU of its own
     try:
         torch.zeros(1, device=device)
-        return torch.device(device)
     except (RuntimeError, AssertionError) as error:
-        raise BadInput(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}")
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"device {device!r} cannot be used here: {reason}")
+    return torch.device(device)
 
 
-def set_precision(precision, device):
-    """Whether networks compute in bfloat16: `precision` says, or if it is auto whether the device is fast at it.
+def use_bfloat16(precision, device):
+    """Whether networks are to compute in bfloat16. `auto`: where the device is fast at it.
 
-    tf32 rounds what an NVIDIA GPU multiplies to 10 bits after the point (bfloat16: 7, float32: 23) and nothing else.
+    `tf32` rounds the factors of an NVIDIA GPU's matrix products to 10 bits after the point
+    (bfloat16 has 7, float32 has 23) and changes nothing else.
     """
+    legal = ("auto", "float32", "tf32", "bfloat16")
+    require(precision in legal, f"precision must be one of {', '.join(legal)}")
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    if precision == "auto" and device.type == "cuda":
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
-    if precision == "auto" and device.type == "cpu":  # older versions of torch cannot tell: float32
-        features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-        return features.get("avx512_bf16", False) or features.get("amx_bf16", False)
-    return precision == "bfloat16"
+    if device.type == "cpu" and hasattr(torch.cpu, "get_capabilities"):  # new in torch 2.10
+        found = torch.cpu.get_capabilities()
+        return found.get("avx512_bf16", False) or found.get("amx_bf16", False)
+    return False
 
 
 def seed_everything(seed):
-    """One seed for torch (every device), numpy and Python."""
+    """Seed torch (on every device), numpy and Python."""
+    require(0 <= seed < 2**32, "seed must be between 0 and 4294967295")
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
 
 
-# ------------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------- files
 
 
-def write(path, data):
-    """Write bytes under a temporary name, then rename: `path` holds the old bytes or the new ones, never half.
+def write(path, content):
+    """Write bytes, a matplotlib figure (as PNG), or a table: a list of rows {column: value}.
 
-    Of several processes only the first writes.
+    It goes to a temporary name that is then renamed, so `path` never holds half a file. Of
+    several processes only the first one writes. Raises OSError.
     """
     if RANK:
         return
-    path, part = Path(path), Path(f"{path}.part")
+    if isinstance(content, list):
+        columns = dict.fromkeys(column for row in content for column in row)
+        text = io.StringIO()
+        table = csv.DictWriter(text, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(content)
+        content = text.getvalue().encode()
+    elif not isinstance(content, bytes):
+        buffer = io.BytesIO()
+        content.savefig(buffer, dpi=110)
+        content = buffer.getvalue()
+        gc.collect()  # a figure refers to itself; without this line memory grows with each
+    part = Path(f"{path}.part")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)  # a folder tidied away during a run costs no epoch
-        with open(part, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        part.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(content)
         os.replace(part, path)
     except OSError as error:
-        if part.is_file():
-            part.unlink()
-        raise OSError(f"could not write {path}: {error.strerror}; what was there before is untouched")
+        part.unlink(missing_ok=True)
+        raise OSError(f"could not write {path}: {error.strerror}; the old file is untouched")
 
 
-def save(path, contents):
-    """torch.save, atomically, and equal bytes for equal contents (hence no file name in them, and `_plain`)."""
+def save_tensors(path, contents):
+    """torch.save by way of `write`."""
     buffer = io.BytesIO()
-    torch.save(_plain(contents), buffer)
+    torch.save(contents, buffer)
     write(path, buffer.getvalue())
 
 
-def _plain(part):
-    """A copy in which equal strings are one object and containers are not shared: pickle tells these apart."""
-    if isinstance(part, dict):
-        return {_plain(key): _plain(value) for key, value in part.items()}
-    if isinstance(part, (list, tuple)):
-        return type(part)(_plain(value) for value in part)
-    return sys.intern(part) if isinstance(part, str) else part
+def load_weights(path, script, part):
+    """Read a .pt file that `script` wrote (None: any) and that holds `part`, onto the CPU.
 
-
-def load(path, script, part):
-    """Read a .pt file of `script` (None: any) that holds `part`, onto the CPU. No code in it runs. Raises BadInput."""
-    if not Path(path).is_file():
-        raise BadInput(f"there is no file {path}" + (f"; train first: python {script}.py" if script else ""))
+    No code in it is run (weights_only). Raises BadInput for every other file.
+    """
+    train = f"; train first: python {script}.py" if script else ""
+    require(Path(path).is_file(), f"there is no file {path}{train}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             contents = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises half a dozen types here
-        why = "holds code, which is not run" if "GLOBAL" in str(error) else "is damaged or no .pt file"
+        holds_code = "GLOBAL" in str(error)
+        why = "holds code, which is not run" if holds_code else "is damaged or no .pt file"
         raise BadInput(f"{path} {why}")
     if not isinstance(contents, dict) or "script" not in contents:
         raise BadInput(f"{path} was not written by this collection")
-    if script and contents["script"] != script:
-        raise BadInput(f"{path} was written by {contents['script']}.py, not by {script}.py")
-    if part not in contents:
-        raise BadInput(f"{path} holds no {part}: weights_*.pt is for sampling, checkpoint.pt for continuing")
+    written_by = contents["script"]
+    if script and written_by != script:
+        raise BadInput(f"{path} was written by {written_by}.py, not by {script}.py")
+    if "dataset_kwargs" not in contents and written_by != "fid":
+        raise BadInput(
+            f"{path} was written by an older version of this collection, which did not record "
+            "the data; train again, or use that version"
+        )
+    kinds = "weights_*.pt is for sampling, checkpoint.pt for continuing"
+    require(part in contents, f"{path} holds no {part}: {kinds}")
     return contents
 
 
-LOADERS = {"load_generator": ("a generator", "main_gan"), "load_model": ("an encoder and a decoder", "main_vae")}
+def newest_weights(part):
+    """The newest weights_*.pt that holds `part`, in the folders of the current one."""
+    files = [*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")]
+    for path in sorted(files, key=os.path.getmtime, reverse=True):
+        try:
+            load_weights(path, None, part)
+            return str(path)
+        except BadInput:
+            continue  # of another kind, old or damaged
+    raise BadInput(f"no folder here holds a weights_*.pt with {part}; train first")
 
 
-def open_weights(path, *loaders):
-    """(path, contents, load) of a weights file; load is the first of `loaders` that the script that wrote it has.
+def script_of(weights):
+    """The module of the script that wrote these weights; only the collection's own are imported."""
+    own = [path.stem for path in Path(__file__).parent.glob("*.py")]
+    name = weights["script"]
+    require(name in own, f"the weights are of {name}.py, which is no script of this collection")
+    return importlib.import_module(name)
 
-    path "": the newest weights_*.pt for which there is one, of the folders in the current one. Only scripts of
-    this collection are imported. Raises BadInput.
+
+# ---------------------------------------------------------------------- data sets
+
+
+@dataclass
+class Images:
+    """One split of a data set: a single uint8 tensor on the device, without a DataLoader.
+
+    pixels (N, C, H, W) uint8, labels (N,) int64. name is for titles and for the history.
+    dataset_type is what was really loaded, and data_dir where it lay.
     """
-    wanted, train = LOADERS[loaders[0]]
-    if not path:
-        files = [*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")]  # an experiment's lie one deeper
-        for found in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True):
+
+    pixels: torch.Tensor
+    labels: torch.Tensor
+    class_names: list
+    name: str
+    dataset_type: str
+    data_dir: str
+    batch_size: int = 1
+    shuffle: bool = False
+    normalize: bool = True  # batches are in [-1, 1]; without it in [0, 1]
+    horizontal_flip: bool = False
+
+    def __len__(self):
+        return len(self.pixels)
+
+    @property
+    def device(self):
+        return self.pixels.device
+
+    def record(self):
+        """What weights and checkpoints say of the data."""
+        return {
+            "name": self.name,
+            "dataset_type": self.dataset_type,
+            "images": len(self),
+            "shape": list(self.pixels.shape[1:]),
+            "normalize": self.normalize,
+            "class_names": self.class_names,
+        }
+
+    def batch(self, index):
+        """index (N,) -> images (N, C, H, W) float32 in [-1, 1] or [0, 1], and labels (N,)."""
+        images = self.pixels.index_select(0, index).float()
+        images = images.mul_(2 / 255).sub_(1) if self.normalize else images.div_(255)
+        if self.horizontal_flip:
+            mirrored = torch.rand(len(images), 1, 1, 1, device=images.device) < 0.5
+            images = torch.where(mirrored, images.flip(3), images)
+        return images, self.labels.index_select(0, index)
+
+    def epoch_batches(self, seed, epoch, steps=None):
+        """The indices of every batch of an epoch (from 1); they depend on the seed alone.
+
+        An epoch is a pass over the data, or, with `steps`, so many full batches, cut from an
+        endless row of passes. Processes share each step's images evenly, so that a pass
+        leaves out at most PROCESSES - 1 of them.
+        """
+        per_pass = len(self) // PROCESSES * PROCESSES
+        per_step = self.batch_size * PROCESSES
+        length = steps * per_step if steps else per_pass
+        start = (epoch - 1) * length
+        first, last = start // per_pass, (start + length - 1) // per_pass
+        passes = [self.one_pass(seed, i)[:per_pass] for i in range(first, last + 1)]
+        index = torch.cat(passes)[start % per_pass :][:length].to(self.device)
+        return [part.chunk(PROCESSES)[RANK] for part in index.split(per_step)]
+
+    def one_pass(self, seed, number):
+        """Indices of all images in the order of pass `number` (from 0)."""
+        if not self.shuffle:
+            return torch.arange(len(self))
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number + 1)
+        return torch.randperm(len(self), generator=generator)
+
+
+@contextmanager
+def first_process_first():
+    """The others wait until the first process has left: they find what it has downloaded."""
+    if PROCESSES > 1 and RANK:
+        distributed.barrier()
+    try:
+        yield
+    finally:
+        if PROCESSES > 1 and not RANK:
+            distributed.barrier()
+
+
+DOWNLOAD_TIMEOUT = 15  # seconds without an answer
+TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+DATASET_TYPES = (*TORCHVISION, "cub", "sprites", "folder", "digits")
+OWN_SIZE = {"mnist": 28, "fashion_mnist": 28, "digits": 28, "sprites": 16}  # others: 32
+PLACES = {
+    "mnist": "MNIST/raw/*-ubyte.gz",
+    "fashion_mnist": "FashionMNIST/raw/*-ubyte.gz",
+    "cifar10": "cifar-10-python.tar.gz or, unpacked, cifar-10-batches-py/",
+    "cub": "CUB_200_2011.tgz or, unpacked, CUB_200_2011/images/",
+    "sprites": "sprites_1788_16x16.npy and sprite_labels_nc_1788_16x16.npy (deeplearning.ai, How "
+    "Diffusion Models Work) or sprites.npy and sprites_labels.npy (Kaggle, "
+    "ebrahimelgazar/pixel-art)",
+}
+CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
+CUB_SHA256 = "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"
+SPRITES = {  # images: labels
+    "sprites_1788_16x16.npy": "sprite_labels_nc_1788_16x16.npy",
+    "sprites.npy": "sprites_labels.npy",
+}
+SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"}
+
+
+def open_data_set(dataset_type, data_dir, size, channels, jpeg_quality):
+    """([(pixels, labels) to train, (pixels, labels) to test], class names), not yet resized.
+
+    pixels (N, C, H, W) uint8, labels (N,) int64. Raises OSError for data that are neither
+    there nor downloadable, BadInput for files that hold something else.
+    """
+    if not isinstance(dataset_type, str):
+        return load_dataset(dataset_type, size, channels)
+    if dataset_type == "folder":
+        return load_folder(data_dir, size, channels)
+    if dataset_type == "digits":
+        return load_digits(channels)
+    if dataset_type == "cub":
+        return load_cub(data_dir, size, channels, jpeg_quality)
+    if dataset_type == "sprites":
+        return load_sprites(data_dir)
+    return load_torchvision(dataset_type, data_dir)
+
+
+def warn_of_fallback(name, why):
+    frame = "!" * 80
+    warn(frame)
+    warn(f"WARNING: THIS IS NOT {name.upper()}. {why}.")
+    warn("Going on with the 5,000 bundled digits instead; every result will say so.")
+    warn(frame)
+
+
+@first_process_first()
+def load_data(
+    dataset_type,
+    data_dir,
+    *,
+    image_channels,
+    device,
+    image_size=0,
+    allow_fallback=True,
+    jpeg_quality=0,
+    exclude_class=-1,
+    batch_size=1,
+    shuffle=False,
+    normalize=True,
+    horizontal_flip=False,
+):
+    """Load a data set as (train, test), two `Images` of 1 or 3 channels. Raises BadInput.
+
+    dataset_type: mnist, fashion_mnist, cifar10, cub, sprites (the files in data_dir, else a
+    download, but for sprites, else the bundled digits with a warning); folder (data_dir is a
+    directory of images, flat or with one sub-folder a class); digits (the bundled 4,500 + 500
+    of MNIST, in random colours for 3 channels); or a torch Dataset of (image, label). Where
+    there is no test split, a fixed tenth of the images is held out for it.
+
+    image_size: the side in pixels; 0 is the data set's own, or 32. device: also "auto".
+    jpeg_quality: of cub, if above 0. exclude_class: a label that is left out; -1 keeps all.
+    """
+    loaded = dataset_type if isinstance(dataset_type, str) else type(dataset_type).__name__
+    legal = loaded in DATASET_TYPES or loaded != dataset_type
+    require(legal, f"dataset_type must be one of {', '.join(DATASET_TYPES)}, not {loaded!r}")
+    require(batch_size >= 1, "batch_size must be at least 1")
+    require(image_size >= 0, "image_size must be at least 1, or 0 for the data set's own")
+    require(image_channels in (1, 3), "image_channels must be 1 (grey) or 3 (colour)")
+    require(0 <= jpeg_quality <= 100, "jpeg_quality must be between 0 and 100")
+    require(exclude_class >= -1, "exclude_class must be a label, or -1 to keep all")
+    size = image_size or OWN_SIZE.get(loaded, 32)
+    device = choose_device(device)
+    name = f"folder {Path(data_dir).resolve().name}" if loaded == "folder" else loaded
+    try:
+        splits, classes = open_data_set(dataset_type, data_dir, size, image_channels, jpeg_quality)
+    except OSError as error:
+        why = f"{name} is not in {data_dir}/ and could not be downloaded ({error})"
+        why = f"{why}; put {PLACES.get(name, 'it')} there"
+        require(allow_fallback and name in PLACES, why)
+        warn_of_fallback(name, why)
+        splits, classes = load_digits(image_channels)
+        name, loaded = f"digits (bundled, in place of {name})", "digits"
+    if exclude_class >= 0:
+        name = f"{name} without {exclude_class}"
+        splits = [leave_out(exclude_class, pixels, labels) for pixels, labels in splits]
+    both = []
+    for pixels, labels in splits:
+        images = Images(
+            pixels=resize(pixels, size, image_channels).contiguous().to(device),
+            labels=labels.to(device),
+            class_names=list(classes),
+            name=name,
+            dataset_type=loaded,
+            data_dir=str(data_dir),
+            batch_size=batch_size,
+            shuffle=shuffle,
+            normalize=normalize,
+            horizontal_flip=horizontal_flip and not both,  # of the training images only
+        )
+        both.append(images)
+    count = len(both[0])
+    require(batch_size <= count, f"batch_size must be at most {count}, all images of {name}")
+    return both
+
+
+def leave_out(label, pixels, labels):
+    kept = labels != label
+    good = kept.any() and not kept.all()
+    require(good, f"exclude_class {label} must be one of the labels of several classes")
+    return pixels[kept], labels[kept]
+
+
+def load_again(weights, data_dir, device, exclude_class=-1):
+    """(train, test) that these weights were trained on, in the same shape and range.
+
+    data_dir "": where the data lay then. A class that was left out is there again, unless
+    exclude_class says otherwise. Nothing else ever stands in. Raises BadInput.
+    """
+    data, kwargs = weights["data"], weights["dataset_kwargs"]
+    kind = data["dataset_type"]
+    if kind not in DATASET_TYPES:
+        raise BadInput(f"the weights were trained on a {kind} from Python, which is not here")
+    channels, size, _ = data["shape"]
+    train, test = load_data(
+        kind,
+        data_dir or kwargs["data_dir"],
+        image_channels=channels,
+        image_size=size,
+        normalize=data["normalize"],
+        jpeg_quality=kwargs.get("jpeg_quality", 0),
+        allow_fallback=False,
+        exclude_class=exclude_class,
+        device=device,
+    )
+    if kind == "folder" and train.class_names != data["class_names"]:
+        raise BadInput(f"{train.data_dir} holds other classes than the weights were trained on")
+    return train, test
+
+
+def resize(pixels, size, channels):
+    """(N, C, H, W) uint8 -> (N, channels, size, size). 28 to 32 pads, all else is bicubic."""
+    from torchvision.transforms import functional as TF
+
+    if pixels.shape[1] > channels:
+        pixels = TF.rgb_to_grayscale(pixels)
+    pixels = pixels.expand(-1, channels, -1, -1)
+    if pixels.shape[2:] == (28, 28) and size == 32:
+        return TF.pad(pixels, [2], padding_mode="edge" if channels == 3 else "constant")
+    if pixels.shape[2:] == (size, size):
+        return pixels
+    return TF.resize(pixels, [size, size], TF.InterpolationMode.BICUBIC, antialias=True)
+
+
+def hold_out_a_tenth(pixels, labels):
+    """[(pixels, labels) to train, (pixels, labels) to test]: always the same tenth for testing."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order.tensor_split([max(1, len(order) // 10)])
+    return [(pixels[part], labels[part]) for part in (train, test)]
+
+
+def load_torchvision(name, data_dir):
+    """MNIST, FashionMNIST or CIFAR-10. Raises OSError if neither found nor downloadable."""
+    from torchvision import datasets
+
+    dataset = getattr(datasets, TORCHVISION[name])
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
+    except Exception as error:  # torchvision raises half a dozen types here
+        raise OSError(str(error).strip().splitlines()[-1])
+    splits = []
+    for part in parts:
+        pixels = torch.as_tensor(part.data)  # (N, H, W), or (N, H, W, C) in colour
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
+        splits.append((pixels, torch.as_tensor(part.targets)))
+    return splits, parts[0].classes
+
+
+def load_dataset(dataset, size, channels):
+    """Any torch Dataset of (image, label). Raises BadInput.
+
+    An image is Pillow's, or a tensor (C, H, W): uint8, or floats in [0, 1].
+    """
+    from torchvision.transforms.functional import pil_to_tensor
+
+    pixels, labels = [], []
+    for i in range(len(dataset)):
+        image, label = dataset[i]
+        image = image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
+        if image.is_floating_point():
+            inside = image.min() >= 0 and image.max() <= 1
+            require(inside, f"image {i} of the Dataset must be uint8, or floats in [0, 1]")
+            image = (255 * image).round().byte()
+        pixels.append(resize(image[None], size, channels))
+        labels.append(int(label))
+    require(len(labels) > 1, "the Dataset must hold two images or more")
+    classes = getattr(dataset, "classes", None) or [str(i) for i in range(max(labels) + 1)]
+    return hold_out_a_tenth(torch.cat(pixels), torch.tensor(labels)), list(classes)
+
+
+def load_digits(channels):
+    """The bundled digits: grey, or for 3 channels each in a random colour on another."""
+    splits = []
+    with np.load(Path(__file__).parent / "data" / "mnist_5k.npz") as packed:
+        for seed, split in enumerate(("train", "test")):
+            pixels = torch.from_numpy(packed[f"{split}_images"]).unsqueeze(1)
+            labels = torch.from_numpy(packed[f"{split}_labels"])
+            if channels == 3:
+                generator = torch.Generator().manual_seed(seed)
+                ground = torch.rand(len(pixels), 3, 1, 1, generator=generator)
+                # half the range away in each channel, give or take 0.15: every digit is seen
+                ink = ground + 0.35 + 0.3 * torch.rand(ground.shape, generator=generator)
+                ink = ink % 1
+                pixels = (255 * ground + pixels * (ink - ground)).round().byte()
+            splits.append((pixels, labels))
+    return splits, [str(digit) for digit in range(10)]
+
+
+def load_sprites(data_dir):
+    """Pixel art (N, H, W, 3) uint8 with labels (N,) or one-hot (N, classes), duplicates removed.
+
+    Raises OSError where there are no such files, BadInput where they hold something else.
+    """
+    found = [name for name in SPRITES if (Path(data_dir) / name).is_file()]
+    if not found:
+        raise OSError("those who publish it ask for an account")
+    path, beside = Path(data_dir) / found[0], Path(data_dir) / SPRITES[found[0]]
+    try:
+        pixels, labels = np.load(path), np.load(beside)
+    except Exception as error:  # numpy raises half a dozen types here
+        raise BadInput(f"{path} and {beside} cannot be read ({error})")
+    if labels.ndim == 2:  # one-hot
+        good = ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()
+        labels = labels.argmax(1) if good else labels
+    good = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3
+    require(good, f"{path} must hold uint8 (N, height, width, 3), not {pixels.shape}")
+    good = labels.shape == (len(pixels),) and labels.dtype.kind in "iu" and labels.min() >= 0
+    require(good, f"{beside} must hold a whole number from 0, or a row with one 1, an image")
+    # the published file holds each picture about 50 times
+    first = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_index=True)[1]
+    kept = np.sort(first)
+    warn(f"{path}: {len(pixels):,} images, {len(pixels) - len(kept):,} exact duplicates removed")
+    names = [str(i) for i in range(labels.max() + 1)]
+    if found[0] == "sprites_1788_16x16.npy":
+        names = ["hero", "non-hero", "food", "spell", "side-facing"]
+    pixels = torch.from_numpy(pixels[kept]).permute(0, 3, 1, 2)
+    return hold_out_a_tenth(pixels, torch.from_numpy(labels[kept]).long()), names
+
+
+def download(url, path, sha256):
+    """Download a file; it gets its name when the start of its hash is right. Raises OSError."""
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
+    except RuntimeError as error:
+        raise OSError(str(error))
+
+
+def load_cub(data_dir, size, channels, jpeg_quality):
+    """CUB-200-2011: whole photographs, squeezed to size x size; grey ones are left out.
+
+    From CUB_200_2011/images/ in data_dir, else from CUB_200_2011.tgz, else downloaded. Raises
+    OSError where that fails, BadInput for a damaged archive.
+    """
+    images = Path(data_dir) / "CUB_200_2011" / "images"
+    archive = Path(data_dir) / "CUB_200_2011.tgz"
+    if not images.is_dir():
+        if not archive.is_file():
+            download(CUB, archive, CUB_SHA256)
+        with tempfile.TemporaryDirectory(dir=data_dir) as scratch:
             try:
-                return open_weights(str(found), *loaders)
-            except BadInput:
-                continue  # of another kind, or damaged
-        raise BadInput(f"no folder here holds a weights_*.pt with {wanted}; train first: python {train}.py")
-    contents, own = load(path, None, "model_kwargs"), Path(__file__).parent.glob("*.py")
-    script = contents["script"]
-    module = importlib.import_module(script) if script in [file.stem for file in own] else None
-    for name in loaders:
-        if hasattr(module, name):
-            return path, contents, getattr(module, name)
-    raise BadInput(f"{path}: {script}.py is no script of this collection that has {wanted}; train one that has: "
-                   f"python {train}.py")
+                with tarfile.open(archive) as tar:
+                    tar.extractall(scratch, filter="data")  # refuses paths that lead out of it
+                images.parent.mkdir(exist_ok=True)
+                os.replace(Path(scratch) / "CUB_200_2011" / "images", images)
+            except Exception as error:  # tarfile, gzip and zlib raise half a dozen types here
+                raise BadInput(f"{archive} cannot be unpacked ({error}); delete it to download it")
+    return load_folder(images, size, channels, whole=True, jpeg_quality=jpeg_quality)
 
 
-# ---------------------------------------------------------------------------------------------------- pictures
+def image_files(folder):
+    """The image files below a folder, sorted; nothing hidden. Raises BadInput below two."""
+    folder = Path(folder)
+    require(folder.is_dir(), f"there is no folder {folder}")
+    paths = []
+    for path in sorted(folder.rglob("*")):
+        if (
+            path.suffix.lower() in SUFFIXES
+            and "/." not in f"/{path.relative_to(folder).as_posix()}"
+        ):
+            paths.append(path)
+    require(len(paths) > 1, f"{folder} holds {len(paths)} images; two are the least")
+    return paths
 
 
-def save_grid(images, path, columns, low=-1.0, high=1.0):
-    """Write images (N, C, H, W) as a PNG grid. The scale is fixed (low is black, high white), never stretched."""
-    from PIL import Image
+def class_of(path, folder):
+    """The sub-folder that an image is in, or "" if it is in none."""
+    parts = Path(path).relative_to(folder).parts
+    return parts[0] if len(parts) > 1 else ""
 
-    images = ((images.detach().float().cpu() - low) * (255 / (high - low))).round().clamp(0, 255).byte()
-    count, channels, height, width = images.shape
-    rows = -(-count // columns)
-    grid = torch.full((channels, rows * (height + 2) + 2, columns * (width + 2) + 2), 128, dtype=torch.uint8)
-    for i, image in enumerate(images):
-        y, x = 2 + i // columns * (height + 2), 2 + i % columns * (width + 2)
-        grid[:, y:y + height, x:x + width] = image
-    zoom = max(1, round(480 / grid.shape[2]))  # small pictures by whole pixels, so that they can be seen
-    grid = grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2)
+
+def open_image(path, mode):
+    """An image file as a Pillow image of mode RGB or L: upright, white where it is transparent."""
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as file:
+        image = ImageOps.exif_transpose(file)
+        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+            image = image.convert("RGBA")
+            ground = Image.new("RGBA", image.size, "white")
+            image = Image.alpha_composite(ground, image)
+        return image.convert(mode)
+
+
+def read_picture(path, size, channels, whole, jpeg_quality):
+    """A file as an array of size x size pixels: its middle, or if `whole` all of it, squeezed.
+
+    None if it cannot be read; if `whole`, also if it is grey.
+    """
+    from PIL import Image, ImageOps
+
+    bicubic = Image.Resampling.BICUBIC  # Pillow's is antialiased
+    try:
+        if whole and Image.open(path).mode == "L":
+            return None
+        image = open_image(path, "RGB" if channels == 3 else "L")
+        image = image.resize((size, size), bicubic) if whole else image
+        if jpeg_quality:
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=jpeg_quality)
+            image = Image.open(buffer)
+        return np.asarray(ImageOps.fit(image, (size, size), bicubic))
+    except Exception:  # a decoder may raise anything; the file is named by the caller
+        return None
+
+
+def read_folder(folder, paths, **options):
+    """(pixels of the readable ones, which of the paths they are), cached in the folder."""
+    from tqdm import tqdm
+
+    listing = [(str(path), path.stat().st_mtime_ns) for path in paths]
+    digest = hashlib.sha256(repr([options, listing]).encode()).hexdigest()[:16]
+    cache = folder / f".cache_{options['size']}_{digest}.npz"
+    if cache.is_file():
+        with np.load(cache) as packed:
+            return packed["pixels"], packed["kept"]
+    with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock
+        pictures = pool.map(partial(read_picture, **options), paths)
+        pictures = list(tqdm(pictures, f"reading {folder}", len(paths), disable=None))
+    kept = np.array([picture is not None for picture in pictures])
+    require(kept.sum() > 1, f"{folder}: {kept.sum()} images can be read; two are the least")
+    pixels = np.stack([picture for picture in pictures if picture is not None])
     buffer = io.BytesIO()
-    Image.fromarray(grid.squeeze(0).numpy() if channels == 1 else grid.permute(1, 2, 0).numpy()).save(buffer, "PNG")
+    np.savez(buffer, pixels=pixels, kept=kept)
+    try:
+        write(cache, buffer.getvalue())
+    except OSError as error:
+        warn(f"not cached: {error}")
+    return pixels, kept
+
+
+def load_folder(folder, size, channels, whole=False, jpeg_quality=0):
+    """All images below a folder; the sub-folder that an image is in is its class."""
+    folder, paths = Path(folder), image_files(folder)
+    pixels, kept = read_folder(
+        folder, paths, size=size, channels=channels, whole=whole, jpeg_quality=jpeg_quality
+    )
+    skipped = [path.name for path, good in zip(paths, kept) if not good]
+    if skipped:
+        why = "grey or unreadable" if whole else "unreadable"
+        warn(f"{folder}: left out {len(skipped)} {why} images, such as {', '.join(skipped[:10])}")
+    classes = [class_of(path, folder) for path, good in zip(paths, kept) if good]
+    class_names = sorted(set(classes))
+    labels = torch.tensor([class_names.index(name) for name in classes])
+    pixels = torch.from_numpy(pixels).view(len(labels), size, size, channels)
+    return hold_out_a_tenth(pixels.permute(0, 3, 1, 2), labels), class_names
+
+
+# ----------------------------------------------------------------------- pictures
+
+
+def save_grid(images, path, *, columns, low=-1.0, high=1.0):
+    """Write images (N, C, H, W) as a PNG grid on a fixed scale: low is black, high is white."""
+    from PIL import Image
+    from torchvision.utils import make_grid
+
+    images = images.detach().float().cpu()
+    grid = make_grid(images, columns, normalize=True, value_range=(low, high), pad_value=0.5)
+    pixels = (255 * grid).round().byte().permute(1, 2, 0)  # (height, width, 3)
+    zoom = max(1, round(480 / pixels.shape[1]))  # small pictures are enlarged by whole pixels
+    pixels = pixels.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
     write(path, buffer.getvalue())
 
 
-def save_curves(history, panels, title, path):
-    """Plot columns of a history against its first. panels: {label of the y axis: [columns]}, one beside another."""
+def new_figure(width, height):
+    """An empty matplotlib figure of so many inches, which draws without a screen."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    unit = next(iter(history))  # epoch, or iteration
+    matplotlib.rcParams["text.parse_math"] = False  # a folder may have $ in its name
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_curves(history, panels, title, path):
+    """Plot columns of a history (a list of rows) against its first column.
+
+    panels: {label of the y axis: [columns]}, one beside another. Cells that a row does not
+    have, or that are NaN, are not drawn.
+    """
+    unit = next(iter(history[0]))  # epoch or iteration
     across = min(3, len(panels))
-    down = -(-len(panels) // across)
-    figure = Figure(figsize=(4.8 * across, 3.6 * down), layout="constrained")
-    for place, (label, columns) in enumerate(panels.items(), 1):
+    down = math.ceil(len(panels) / across)
+    figure = new_figure(4.8 * across, 3.6 * down)
+    for place, (label, columns) in enumerate(panels.items(), start=1):
         axes = figure.add_subplot(down, across, place)
-        for column in columns:  # a dashed line is the test split's
-            points = [(x, y) for x, y in zip(history[unit], history[column]) if y == y]  # nan: not measured
-            axes.plot(*(zip(*points) if points else ((), ())), "--" if column.startswith("test") else "-", label=column,
-                      marker="o" if len(points) < 20 else None, markersize=3)
-        values = [y for column in columns for y in history[column] if y == y]
-        if values and 0 < 20 * min(values) < max(values):  # such as a KL that starts without a price
+        drawn = []
+        for column in columns:
+            rows = [row for row in history if not math.isnan(row.get(column, math.nan))]
+            x, y = [row[unit] for row in rows], [row[column] for row in rows]
+            line = "--" if column.startswith("test") else "-"
+            axes.plot(x, y, line, label=column, marker="o" if len(x) < 20 else None, markersize=3)
+            drawn += y
+        if drawn and 0 < 20 * min(drawn) < max(drawn):
             axes.set_yscale("log")
-        axes.set(xlabel=unit, ylabel=label, xlim=(0, history[unit][-1] + 0.5))
+        axes.set(xlabel=unit, ylabel=label, xlim=(0, history[-1][unit] + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    write(path, buffer.getvalue())
-    gc.collect()  # a figure refers to itself: 20 epochs with 6 pictures grew by 2.5 % without this line, 1.2 % with it
-
-
-def mean_distance(images):
-    """Mean Euclidean distance between two of the images (N, C, H, W): 0 when all are alike."""
-    return F.pdist(images.flatten(1).cpu()).mean().item()
+    write(path, figure)

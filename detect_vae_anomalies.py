@@ -1,288 +1,434 @@
-"""Can a VAE tell what it was not trained on? Scores of single images, judged on anomalies from easy to hard.
+"""Can a VAE tell what it was not trained on? Five scores of single images are judged.
 
-paper:  An and Cho 2015, Variational Autoencoder based Anomaly Detection using Reconstruction Probability, Special
-        Lecture on IE, Seoul National University (that probability is E log p(x|z); the negative ELBO adds the KL to it)
-        Davis and Goadrich 2006, The Relationship Between Precision-Recall and ROC Curves, ICML (no straight PR lines)
-run:    python detect_vae_anomalies.py              (the newest weights with an encoder; any key below is an option)
-        python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4       (then also judged on that digit)
-writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png, anomaly_detection.csv
-expect: MNIST, one digit left out, mean AUROC of the ten, 10 epochs: 32 latents: reconstruction 0.706, latent distance
-        0.923; 2 latents: 0.773 and 0.457; pixel distance, without a network: 0.852; a minute each of one AMD EPYC core
+paper:  An and Cho 2015, Variational Autoencoder based Anomaly Detection using Reconstruction
+        Probability, Special Lecture on IE, Seoul National University (their probability is
+        E log p(x|z); the negative ELBO adds the KL to it)
+        Davis and Goadrich 2006, The Relationship Between Precision-Recall and ROC Curves, ICML
+        (why points of a precision-recall curve are not joined by straight lines)
+run:    python detect_vae_anomalies.py      (takes the newest weights with an encoder)
+        python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4
+        (that digit is then one of the anomalies)
+writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png,
+        anomaly_detection.csv
+expect: MNIST, one digit left out, 10 epochs, mean AUROC of the ten digits: with 32 latents
+        reconstruction 0.706, latent distance 0.923; with 2 latents 0.773 and 0.457; pixel
+        distance, which needs no network, 0.852; a minute each on one core of an AMD EPYC
 """
-import io
-from pathlib import Path
-from types import SimpleNamespace
 
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
+from scipy import ndimage
 from torch.nn import functional as F
 
 import common
-import datasets
 
 source_kwargs = {
-    "weights_path": "",  # weights_epoch_{E}.pt of main_vae or main_ae; empty: the newest in a folder here
+    "weights_path": "",  # a weights file of main_vae or main_ae; empty: the newest in a folder here
     "output_dir": "",  # everything is written there; empty: beside the weights
-    "data_dir": "data",  # where the images lie that the encoder was trained on
+    "data_dir": "",  # where the encoder's images lie; empty: where they lay in training
 }
 detection_kwargs = {
-    "other_data": "auto",  # auto | mnist | cifar10 | digits | none; as anomalies; auto: cifar10 for digits, else mnist
-    "num_images": 1000,  # >= 1; anomalies of each kind; of a class left out of training all there are
-    "num_train": 60000,  # >= 1; training images among which the nearest is looked for
-    "elbo_samples": 8,  # >= 1; samples of z behind the negative ELBO
-    "percentile": 95.0,  # in (0, 100); of clean images' scores: what lies above is called an anomaly
-    "bootstrap": 1000,  # >= 1; resamples behind the intervals, which hold the middle 95 % of them
-    "seed": 0,  # in [0, 4294967295]; of noise, splits and resamples
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
+    "other_data": "auto",  # auto | mnist | fashion_mnist | cifar10 | digits | none, as anomalies
+    "num_images": 1000,  # anomalies of each kind; of a class left out of training all there are
+    "num_train": 60000,  # training images among which the nearest is looked for
+    "elbo_samples": 8,  # samples of z behind the negative ELBO
+    "percentile": 95.0,  # of clean images' scores: what lies above is called an anomaly
+    "bootstrap": 1000,  # resamples behind the 95 % intervals
+    "seed": 0,  # of noise, splits and resamples
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
 }
-SCORES = ["reconstruction", "negative ELBO", "KL", "latent distance", "pixel distance"]
 
 
-def corrupted(x, random):
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}."""
+    legal = ("auto", "mnist", "fashion_mnist", "cifar10", "digits", "none")
+    one_of = f"other_data must be one of {', '.join(legal)}"
+    common.require(settings["other_data"] in legal, one_of)
+    for key in ("num_images", "num_train", "elbo_samples", "bootstrap"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    inside = "percentile must be above 0 and below 100"
+    common.require(0 < settings["percentile"] < 100, inside)
+
+
+# ---------------------------------------------------------------------- anomalies
+
+
+def black_out(x):
+    """A square of a third of the side is black in each image, somewhere, but not at the edge."""
+    spoilt = x.clone()
+    side = x.shape[-1]
+    size, margin = side // 3, side // 8
+    for image in spoilt:  # (C, H, W)
+        top, left = torch.randint(margin, side - size - margin + 1, (2,)).tolist()
+        image[:, top : top + size, left : left + size] = 0
+    return spoilt
+
+
+def corrupt(x):
     """Images x (N, C, H, W) in [0, 1] -> {kind of anomaly: images like x}."""
-    kinds, side, noise = {}, x.shape[-1], torch.randn(x.shape, generator=random)
+    kinds = {}
+    noise = torch.randn_like(x)
     for sigma in (0.4, 0.2, 0.1, 0.05):
         kinds[f"Gaussian noise {sigma:g}"] = (x + sigma * noise).clamp(0, 1)
-    place, salt = torch.rand(2, len(x), 1, *x.shape[2:], generator=random)
+    place = torch.rand_like(x[:, :1])  # (N, 1, H, W): a pixel is hit in all its channels
+    salt = torch.rand_like(place).round()  # 0 or 1
     for share in (0.2, 0.05, 0.01):
-        kinds[f"salt and pepper {share:.0%}"] = torch.where(place < share, (salt < 0.5).float(), x)
+        kinds[f"salt and pepper {share:.0%}"] = torch.where(place < share, salt, x)
     kinds["inverted"] = 1 - x
     kinds["rotated by 90 degrees"] = x.rot90(1, (2, 3))
-    cosine, sine = torch.tensor(torch.pi / 6).cos(), torch.tensor(torch.pi / 6).sin()
-    turn = torch.tensor([[cosine, -sine, 0], [sine, cosine, 0]]).expand(len(x), -1, -1)
-    kinds["rotated by 30 degrees"] = F.grid_sample(x, F.affine_grid(turn, list(x.shape), align_corners=False),
-                                                   padding_mode="border", align_corners=False)
-    corner = torch.randint(side // 8, side - side // 3 - side // 8 + 1, (2, len(x), 1, 1), generator=random)
-    along = torch.arange(side)
-    down, across = ((along.view(shape) >= at) & (along.view(shape) < at + side // 3)
-                    for shape, at in (((-1, 1), corner[0]), ((1, -1), corner[1])))
-    kinds["a square blacked out"] = x.masked_fill((down & across)[:, None], 0)
-    bell = torch.exp(-0.5 * torch.arange(-2.0, 3).square())
-    bell = (bell / bell.sum()).expand(x.shape[1], 1, 1, -1)  # the same on every channel
-    padded = F.pad(x, (2, 2, 2, 2), mode="replicate")
-    kinds["blurred"] = F.conv2d(F.conv2d(padded, bell, groups=x.shape[1]), bell.mT, groups=x.shape[1])
+    # order 1 interpolates linearly, and "nearest" repeats the last pixel beyond the edge
+    pixels = x.numpy()
+    turned = ndimage.rotate(pixels, 30, axes=(2, 3), reshape=False, order=1, mode="nearest")
+    kinds["rotated by 30 degrees"] = torch.from_numpy(turned)
+    kinds["a square blacked out"] = black_out(x)
+    blurred = ndimage.gaussian_filter(pixels, sigma=(0, 0, 1, 1), mode="nearest")
+    kinds["blurred"] = torch.from_numpy(blurred)
     return kinds
 
 
+def load_others(kind, train, num_images):
+    """{name: test images of another data set in [0, 1]}, in the shape of `train`; {} without."""
+    if kind == "auto":
+        kind = "cifar10" if train.dataset_type in ("mnist", "digits") else "mnist"
+    if kind == "none":
+        return {}
+    _, channels, side, _ = train.pixels.shape
+    try:
+        _, others = common.load_data(
+            kind,
+            train.data_dir,
+            image_channels=channels,
+            image_size=side,
+            allow_fallback=False,
+            device="cpu",
+        )
+    except common.BadInput as error:
+        common.warn(f"left out: {error}")
+        return {}
+    return {f"{kind} instead": others.pixels[:num_images] / 255}
+
+
+# ------------------------------------------------------------------------- scores
+
+
 def reconstruction_error(output, x):
-    """-log p(x|z) up to a constant, summed over the pixels of each image: (N,).
+    """-log p(x|z) up to a constant, summed over the pixels of each image x (N, C, H, W): (N,).
 
-    Grey, x in [0, 1]: cross-entropy of one coin a pixel, from logits. Colour, x in [-1, 1]: squared error.
+    Grey, x in [0, 1]: each pixel is a coin, and output its logits. Colour, x in [-1, 1]: squared
+    error. output may be flat.
     """
+    output = output.view_as(x)
     if x.shape[1] == 1:
-        return F.binary_cross_entropy_with_logits(output, x, reduction="none").flatten(1).sum(1)
-    return (output - x).square().flatten(1).sum(1)
+        error = F.binary_cross_entropy_with_logits(output, x, reduction="none")
+    else:
+        error = F.mse_loss(output, x, reduction="none")
+    return error.flatten(1).sum(1)
 
 
-def nearest_distance(points, others):
-    """Euclidean distance from each of points (N, D) to the nearest of others (M, D): (N,)."""
-    return torch.cat([torch.cdist(part, others).amin(1) for part in points.split(250)])
+class AnomalyScorer:
+    """The encoder and decoder of a weights file give each image five scores.
 
-
-class Scorer:
-    """The scores of single images: the higher, the stranger. Reconstruction is from z = mu: it has no noise in it."""
+    The higher a score, the stranger the image. The reconstruction is from z = mu, so that there
+    is no noise in its error. Two scores are distances to the nearest training image: between
+    codes mu, and between pixels, for which no network is needed.
+    """
 
     @torch.inference_mode()
-    def __init__(self, encoder, decoder, train, samples):
-        self.encoder, self.decoder, self.samples = encoder, decoder, samples
-        self.scale = (2, -1) if train.normalize else (1, 0)  # from [0, 1] to what the networks take
-        self.pixels = train.pixels.flatten(1).float() / 255
-        self.codes = torch.cat([encoder(train.batch(index)[0])[0]
-                                for index in torch.arange(len(train), device=self.pixels.device).split(500)])
+    def __init__(self, weights_path, data_dir, device, num_train, elbo_samples):
+        self.device, self.elbo_samples = device, elbo_samples
+        weights = common.load_weights(weights_path, None, "encoder")
+        encoder, decoder = common.script_of(weights).load_model(weights_path)
+        self.weights = weights
+        self.encoder = encoder.to(device)
+        self.decoder = decoder.to(device)
+        self.left_out = weights["dataset_kwargs"].get("exclude_class", -1)
+        train, _ = common.load_again(weights, data_dir, device, exclude_class=self.left_out)
+        self.train = train
+        self.black = -1 if train.normalize else 0  # for the networks; white is 1
+        count = min(num_train, len(train))
+        index = torch.linspace(0, len(train) - 1, count, device=device).round().long()
+        self.train_pixels = train.pixels[index].flatten(1) / 255  # (count, C H W)
+        codes = []
+        for part in index.split(500):
+            images, _ = train.batch(part)
+            mu, _ = self.encoder(images)
+            codes.append(mu)
+        self.train_codes = torch.cat(codes)  # (count, D)
+
+    def to_networks(self, images):
+        """images in [0, 1] -> in the range that the networks were trained on, on the device."""
+        return images.to(self.device) * (1 - self.black) + self.black
 
     @torch.inference_mode()
     def rebuild(self, images):
-        """images (N, C, H, W) in [0, 1] -> their reconstructions from mu, likewise."""
-        made = self.decoder.sample(self.encoder(images * self.scale[0] + self.scale[1])[0]).view_as(images)
-        return (made - self.scale[1]) / self.scale[0]
+        """images (N, C, H, W) in [0, 1] -> their reconstructions, likewise."""
+        mu, _ = self.encoder(self.to_networks(images))
+        rebuilt = self.decoder.sample(mu).cpu().view_as(images)
+        return (rebuilt - self.black) / (1 - self.black)
+
+    def score(self, x):
+        """x (N, C, H, W), as the networks take it -> {score: (N,)}."""
+        mu, logvar = self.encoder(x)
+        scores = {"reconstruction": reconstruction_error(self.decoder(mu), x)}
+        if logvar is not None:  # an autoencoder has no KL
+            kl = 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1)
+            total = torch.zeros_like(kl)
+            for _ in range(self.elbo_samples):
+                z = mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+                total += reconstruction_error(self.decoder(z), x)
+            scores["negative ELBO"] = total / self.elbo_samples + kl
+            scores["KL"] = kl
+        pixels = (x - self.black) / (1 - self.black)
+        code_distances = torch.cdist(mu, self.train_codes)  # (N, count)
+        pixel_distances = torch.cdist(pixels.flatten(1), self.train_pixels)
+        scores["latent distance"] = code_distances.amin(1)
+        scores["pixel distance"] = pixel_distances.amin(1)
+        return scores
 
     @torch.inference_mode()
     def __call__(self, images):
-        """images (N, C, H, W) in [0, 1] -> {score: (N,) float64}; an autoencoder has no KL and no ELBO."""
-        parts = [self.score(part.to(self.pixels.device)) for part in images.split(500)]
-        return {name: torch.cat([part[name] for part in parts]).cpu().double() for name in parts[0]}
-
-    def score(self, images):
-        x = images * self.scale[0] + self.scale[1]
-        mu, logvar = self.encoder(x)
-
-        def error(z):
-            return reconstruction_error(self.decoder(z).view_as(x), x)
-
-        scores = {"reconstruction": error(mu)}
-        if logvar is not None:
-            scores["KL"] = 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum(1)
-            drawn = [error(mu + (0.5 * logvar).exp() * torch.randn_like(mu)) for _ in range(self.samples)]
-            scores["negative ELBO"] = sum(drawn) / self.samples + scores["KL"]
-        scores["latent distance"] = nearest_distance(mu, self.codes)  # to the nearest training image's mu
-        scores["pixel distance"] = nearest_distance(images.flatten(1), self.pixels)  # to the nearest training image
-        return scores
+        """images (N, C, H, W) in [0, 1] -> {score: (N,) numpy}."""
+        parts = [self.score(self.to_networks(part)) for part in images.split(500)]
+        joined = {}
+        for name in parts[0]:
+            scores = torch.cat([part[name] for part in parts])
+            joined[name] = scores.double().cpu().numpy()
+        return joined
 
 
-def areas(clean, anomalous):
-    """AUROC and AUPRC from how often each score occurs, (..., U) both, in ascending order of the U scores.
+@dataclass
+class Group:
+    """Images that are judged together: the clean ones, or one kind of anomaly."""
 
-    AUROC is the probability that an anomaly scores higher than a clean image, ties counting half. AUPRC is average
-    precision: at each distinct score as threshold, precision times the recall that it adds, so ties are taken together.
+    name: str
+    images: torch.Tensor  # (N, C, H, W) in [0, 1]
+    scores: dict  # {score: (N,) numpy}
+
+    def median_error(self):
+        return np.median(self.scores["reconstruction"])
+
+
+# ----------------------------------------------------------------------- judgment
+
+
+def measure(clean, anomalous, threshold):
+    """How well scores tell clean (N,) from anomalous (M,): {measure: value}.
+
+    AUROC is the probability that an anomaly scores higher than a clean image, where a tie counts
+    half. AUPRC is average precision: the score of each anomaly is taken as a threshold in turn.
+    Its precision is the share of anomalies among all images that score at least as high, and
+    the mean of these precisions is taken. The last two measures are the shares of clean and of
+    anomalous images that score above the given threshold.
     """
-    below = clean.cumsum(-1) - clean
-    totals = clean.sum(-1), anomalous.sum(-1)
-    auroc = (anomalous * (below + 0.5 * clean)).sum(-1) / (totals[0] * totals[1])
-    hits, alarms = (counts.flip(-1).cumsum(-1) for counts in (anomalous, clean))
-    precision = hits / (hits + alarms).clamp(min=1)  # a resample may lack the highest scores
-    return auroc, (anomalous.flip(-1) * precision).sum(-1) / totals[1]
+    clean, anomalous = np.sort(clean), np.sort(anomalous)
+    # for each anomaly: how many clean images score lower, and how many not higher
+    lower = np.searchsorted(clean, anomalous, "left")
+    not_higher = np.searchsorted(clean, anomalous, "right")
+    # how many score at least as high
+    alarms = len(clean) - lower
+    hits = len(anomalous) - np.searchsorted(anomalous, anomalous, "left")
+    return {
+        "AUROC": (lower + not_higher).mean() / (2 * len(clean)),
+        "AUPRC": (hits / (hits + alarms)).mean(),
+        "false positives": (clean > threshold).mean(),
+        "true positives": (anomalous > threshold).mean(),
+    }
 
 
-def judge(clean, anomalous, threshold, resamples, seed):
-    """{measure: (value, low, high)} of scores (N,) and (M,): AUROC, AUPRC, and rates of scores above the threshold.
+def judge(clean, anomalous, threshold, resamples, random):
+    """The measures and their 95 % intervals: {"AUROC": value, "AUROC low": ..., ...}.
 
-    low and high bound the middle 95 % of `resamples` bootstrap samples, clean and anomalous drawn each by itself.
+    The intervals are by the bootstrap: a resample draws as many scores as there are, with
+    replacement, from the clean ones and from the anomalous ones. An interval holds the middle
+    95 % of what is measured on the resamples.
     """
-    random = torch.Generator().manual_seed(seed)
-    values, places = torch.cat([clean, anomalous]).double().unique(return_inverse=True)
-    rows, above = [], (values > threshold).double()
-    for size in [0, *[min(100, resamples - done) for done in range(0, resamples, 100)]]:  # 0: the sample itself
-        counts = []
-        for part in places.split([len(clean), len(anomalous)]):
-            drawn = part[torch.randint(len(part), (size, len(part)), generator=random)] if size else part[None]
-            ones = torch.ones(1, dtype=torch.float64).expand(drawn.shape)
-            counts.append(torch.zeros(max(1, size), len(values), dtype=torch.float64).scatter_add_(1, drawn, ones))
-        rates = [count @ above / count.sum(1) for count in counts]
-        rows.append(torch.stack([*areas(*counts), *rates], dim=1))  # (resamples, 4)
-    middle = torch.quantile(torch.cat(rows[1:]), torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0)
-    names = ["AUROC", "AUPRC", "false positives", "true positives"]
-    return dict(zip(names, zip(rows[0][0].tolist(), *middle.tolist())))
+    resampled = []
+    for _ in range(resamples):
+        some_clean = random.choice(clean, len(clean))
+        some_anomalous = random.choice(anomalous, len(anomalous))
+        resampled.append(measure(some_clean, some_anomalous, threshold))
+    result = {}
+    for name, value in measure(clean, anomalous, threshold).items():
+        column = [row[name] for row in resampled]
+        low, high = np.quantile(column, [0.025, 0.975])
+        result[name] = value
+        result[f"{name} low"] = low
+        result[f"{name} high"] = high
+    return result
 
 
-def save_histograms(clean, anomalous, threshold, results, title, path):
-    """clean (N,), anomalous {kind: (M,)}: a panel for each kind, with the reconstruction errors of both."""
-    from matplotlib.figure import Figure
+# ----------------------------------------------------------------------- pictures
 
-    columns = min(4, len(anomalous))
-    rows = -(-len(anomalous) // columns)
-    figure = Figure(figsize=(3.3 * columns, 2.3 * rows + 0.6), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flatten()
-    for panel, (kind, errors) in zip(panels, anomalous.items()):
-        both = torch.cat([clean, errors])
-        bins = torch.linspace(both.min(), both.quantile(0.995), 50).numpy()
-        for part, colour, name in ((clean, "#3f90da", "clean"), (errors, "#bd1f01", "anomalous")):
-            panel.hist(part.clamp(max=bins[-1]).numpy(), bins, density=True, alpha=0.6, color=colour, label=name)
-        panel.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
-        auroc, found = results[kind]["AUROC"][0], results[kind]["true positives"][0]
-        panel.set_title(f"{kind}\nAUROC {auroc:.3f}, {found:.0%} found", fontsize=9)
-        panel.tick_params(labelsize=8)
-        panel.set_yticks([])
-    for panel in panels[len(anomalous):]:
-        panel.axis("off")
-    panels[0].legend(fontsize=8)
-    figure.supxlabel("reconstruction error of an image (the last bar holds everything beyond)", fontsize=9)
+
+def save_histograms(clean, groups, threshold, title, folder):
+    """A panel for each kind of anomaly: its reconstruction errors and those of clean images."""
+    across = min(4, len(groups))
+    down = math.ceil(len(groups) / across)
+    figure = common.new_figure(3.3 * across, 2.3 * down + 0.6)
+    normal = clean.scores["reconstruction"]
+    for place, group in enumerate(groups, start=1):
+        strange = group.scores["reconstruction"]
+        end = np.quantile(np.concatenate([normal, strange]), 0.995)
+        bins = np.linspace(min(normal.min(), strange.min()), end, 50)
+        axes = figure.add_subplot(down, across, place)
+        axes.hist(
+            [normal.clip(max=end), strange.clip(max=end)],
+            bins,
+            density=True,
+            alpha=0.6,
+            histtype="stepfilled",
+            color=["#3f90da", "#bd1f01"],
+            label=["clean", "anomalous"],
+        )
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label="threshold")
+        result = measure(normal, strange, threshold)
+        found = f"AUROC {result['AUROC']:.3f}, {result['true positives']:.0%} found"
+        axes.set_title(f"{group.name}\n{found}", fontsize=9)
+        axes.set_yticks([])
+        if place == 1:
+            axes.legend(fontsize=8)
+    label = "reconstruction error of an image (the last bar holds all beyond)"
+    figure.supxlabel(label, fontsize=9)
     figure.supylabel("density", fontsize=9)
     figure.suptitle(title, fontsize=10)
-    figure.savefig(buffer := io.BytesIO(), dpi=100)
-    common.write(path, buffer.getvalue())
+    common.write(folder / "reconstruction_error_distribution.png", figure)
 
 
-def save_borderline(groups, scorer, threshold, path):
-    """groups {name: (images, errors)}: of each the eight images just below the threshold and the eight just above."""
-    from matplotlib.figure import Figure
+def save_borderline(groups, scorer, threshold, folder):
+    """Of each group the eight images just below the threshold, and the eight just above it."""
+    from torchvision.utils import make_grid
 
-    figure = Figure(figsize=(9, 2.25 * 2 * len(groups)), layout="constrained")
-    panels = iter(figure.subplots(2 * len(groups), 1))
-    for name, (images, errors) in groups.items():
+    figure = common.new_figure(9, 4.5 * len(groups))
+    place = 0
+    for group in groups:
+        errors = group.scores["reconstruction"]
         order = errors.argsort()
-        split = int((errors <= threshold).sum())
-        for side, chosen in (("accepted", order[max(0, split - 8):split]), ("rejected", order[split:split + 8])):
-            panel = next(panels)
-            panel.axis("off")
-            if not len(chosen):
-                panel.set_title(f"{name}: none is {side}", fontsize=10)
-                continue
-            x = images[chosen].to(scorer.pixels.device)
-            pair = F.pad(torch.stack([x, scorer.rebuild(x)]).cpu(), (0, 1, 0, 1), value=1)  # (2, n, C, H, W)
-            picture = pair.permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (2 H, n W, C)
-            panel.imshow(picture.numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            panel.set_title(f"{name}, {side}: errors {errors[chosen[0]]:.1f} to {errors[chosen[-1]]:.1f}, "
-                            f"threshold {threshold:.1f}", fontsize=10)
-    figure.suptitle("just on either side of the threshold: images, and below them their reconstructions", fontsize=11)
-    figure.savefig(buffer := io.BytesIO(), dpi=90)
-    common.write(path, buffer.getvalue())
+        split = (errors <= threshold).sum()
+        sides = {"accepted": order[:split][-8:], "rejected": order[split:][:8]}
+        for side, chosen in sides.items():
+            place += 1
+            axes = figure.add_subplot(2 * len(groups), 1, place)
+            axes.axis("off")
+            title = f"{group.name}: none is {side}"
+            if len(chosen):
+                images = group.images[chosen]
+                both = torch.cat([images, scorer.rebuild(images)])  # (2 n, C, H, W)
+                grid = make_grid(both, nrow=len(chosen), padding=1, pad_value=1)
+                axes.imshow(grid.permute(1, 2, 0).numpy(), interpolation="nearest")
+                first, last = errors[chosen[0]], errors[chosen[-1]]
+                title = f"{group.name}, {side}: errors {first:.1f} to {last:.1f}"
+            axes.set_title(f"{title}, threshold {threshold:.1f}", fontsize=10)
+    title = "just on either side of the threshold: images, and below them their reconstructions"
+    figure.suptitle(title, fontsize=11)
+    common.write(folder / "anomalies_at_threshold.png", figure)
 
 
-def load_others(kind, trained_on, train, o, device):
-    """{name: at most num_images test images of another data set, like those of `train`, in [0, 1]}, if it is there."""
-    if kind == "auto":
-        kind = "cifar10" if trained_on in ("mnist", "digits") else "mnist"
-    if kind == "none":
-        return {}
-    side, channels = train.pixels.shape[2], train.pixels.shape[1]
-    try:
-        others = datasets.load_data(kind, o.data_dir, False, 1, False, side, channels, device)[1]
-    except common.BadInput as error:
-        common.say(f"left out: {error}")
-        return {}
-    return {f"{kind} instead": others.pixels[:o.num_images].cpu() / 255}
+# ----------------------------------------------------------------------- together
+
+
+def choose_images(scorer, other_data, num_images):
+    """Test images in [0, 1]: (held out, to be judged, {kind of anomaly: images}).
+
+    The clean ones are cut in three, so that no image sets the threshold on which it is judged,
+    nor meets a distorted copy of itself. If a class was left out of training, it is the first
+    kind of anomaly.
+    """
+    _, test = common.load_again(scorer.weights, scorer.train.data_dir, "cpu")
+    pixels = test.pixels / 255  # (N, C, H, W)
+    left_out = scorer.left_out
+    clean = pixels[test.labels != left_out]
+    least = "30 are the least: ten each to set the threshold, to be judged, and to be distorted"
+    common.require(len(clean) >= 30, f"{test.name} has {len(clean)} test images; {least}")
+    held_out, judged, spoilt = clean[torch.randperm(len(clean))].tensor_split(3)
+    unseen = {}
+    if left_out >= 0:
+        name = f"{test.class_names[left_out]}, never trained on"
+        unseen[name] = pixels[test.labels == left_out]
+    others = load_others(other_data, test, num_images)
+    return held_out, judged, {**unseen, **others, **corrupt(spoilt[:num_images])}
+
+
+def judge_all(clean, groups, thresholds, resamples, seed):
+    """Print the AUROCs; returns the rows of the table, one for each kind of anomaly and score.
+
+    clean: a Group; groups: one for each kind; thresholds: {score: threshold}.
+    """
+    random = np.random.default_rng(seed)
+    rows = []
+    heading = f"{'AUROC (95 % interval)':28}"
+    for score in thresholds:
+        heading += f"{score:>24}"
+    print(heading)
+    for group in groups:
+        line = f"{group.name:28}"
+        for score, threshold in thresholds.items():
+            normal, strange = clean.scores[score], group.scores[score]
+            result = judge(normal, strange, threshold, resamples, random)
+            row = {
+                "anomaly": group.name,
+                "score": score,
+                "clean": len(clean.images),
+                "anomalous": len(group.images),
+                "threshold": threshold,
+                **result,
+            }
+            rows.append(row)
+            interval = f"({result['AUROC low']:.3f} to {result['AUROC high']:.3f})"
+            line += f"{result['AUROC']:>7.3f} {interval}"
+        print(line)
+    return rows
+
+
+def detect(
+    weights_path,
+    output_dir,
+    data_dir,
+    *,
+    other_data,
+    num_images,
+    num_train,
+    elbo_samples,
+    percentile,
+    bootstrap,
+    seed,
+    device,
+):
+    """Write pictures and table; returns the rows of the table."""
+    path = weights_path or common.newest_weights("encoder")
+    device = common.choose_device(device)
+    scorer = AnomalyScorer(path, data_dir, device, num_train, elbo_samples)
+    common.seed_everything(seed)
+    held_out, judged, anomalies = choose_images(scorer, other_data, num_images)
+    thresholds = {}
+    for score, values in scorer(held_out).items():
+        thresholds[score] = np.quantile(values, percentile / 100)
+    threshold = thresholds["reconstruction"]
+    clean = Group("clean", judged, scorer(judged))
+    groups = [Group(name, images, scorer(images)) for name, images in anomalies.items()]
+    easy_first = sorted(groups, key=Group.median_error, reverse=True)
+    shown = groups[0] if scorer.left_out >= 0 else easy_first[-1]
+
+    weights, count = scorer.weights, len(held_out)
+    title = f"{weights['script']} on {scorer.train.name}, epoch {weights['epoch']}"
+    title += f"; threshold: the {percentile:g}th percentile of {count:,} clean test images"
+    print(f"{path}: {title}")
+    folder = Path(output_dir or Path(path).parent)
+    save_histograms(clean, easy_first, threshold, title, folder)
+    save_borderline([clean, shown], scorer, threshold, folder)
+    rows = judge_all(clean, easy_first, thresholds, bootstrap, seed)
+    common.write(folder / "anomaly_detection.csv", rows)
+    return rows
 
 
 def main(source_kwargs, detection_kwargs):
-    """Write pictures and table; returns {(kind of anomaly, score): {measure: (value, low, high)}}."""
-    common.check(__file__, {**source_kwargs, **detection_kwargs})
-    o = SimpleNamespace(**source_kwargs, **detection_kwargs)
-    device = common.choose_device(o.device)
-    path, weights, load = common.open_weights(o.weights_path, "load_model")
-    encoder, decoder = (network.to(device) for network in load(path))
-    train, test = datasets.load_again(weights, o.data_dir, device)
-    common.seed_everything(o.seed)
-    random, anomalies = torch.Generator().manual_seed(o.seed), {}
-    pixels = test.pixels.cpu() / 255
-    left_out = datasets.left_out(weights["data"])
-    if left_out is not None:
-        is_clean = test.labels.cpu() != left_out
-        anomalies[f"{test.class_names[left_out]}, never trained on"] = pixels[~is_clean]
-        train.leave_out(left_out)
-        pixels = pixels[is_clean]
-    if len(pixels) < 30:
-        raise common.BadInput(f"{weights['data']} has {len(pixels)} test images; 30 are the least: ten each to set the "
-                              "threshold, to judge it, and to be made anomalous")
-    # three parts, so that no image sets the threshold on which it is judged, nor meets a distorted copy of itself
-    held_out, judged, spoilt = pixels[torch.randperm(len(pixels), generator=random)].tensor_split(3)
-    anomalies.update(load_others(o.other_data, weights["data"].split()[0], train, o, device))
-    anomalies.update(corrupted(spoilt[:o.num_images], random))
-    some = torch.linspace(0, len(train) - 1, min(o.num_train, len(train))).round().long().to(device)
-    train.pixels, train.labels = train.pixels[some], train.labels[some]
-
-    score = Scorer(encoder, decoder, train, o.elbo_samples)
-    thresholds = {name: torch.quantile(values, o.percentile / 100) for name, values in score(held_out).items()}
-    clean, strange = score(judged), {kind: score(images) for kind, images in anomalies.items()}
-    results = {(kind, name): judge(clean[name], values, thresholds[name], o.bootstrap, o.seed)
-               for kind, scores in strange.items() for name, values in scores.items()}
-
-    names = [name for name in SCORES if name in thresholds]
-    lines = [["anomaly", "score", "clean", "anomalous", "threshold"]]
-    lines[0] += [f"{measure}{bound}" for measure in next(iter(results.values())) for bound in ("", " low", " high")]
-    for (kind, name), result in results.items():
-        lines.append([f'"{kind}"', name, len(judged), len(anomalies[kind]), f"{thresholds[name]:.6g}"])
-        lines[-1] += [f"{value:.4f}" for values in result.values() for value in values]
-    folder = Path(o.output_dir or Path(path).parent)
-    common.write(folder / "anomaly_detection.csv", "".join(",".join(map(str, line)) + "\n" for line in lines).encode())
-    title = (f"{weights['script']} on {weights['data']}, epoch {weights['epoch']}: {len(judged):,} clean test images; "
-             f"threshold: the {o.percentile:g}th percentile of {len(held_out):,} others")
-    best_first = sorted(anomalies, key=lambda kind: -results[kind, "reconstruction"]["AUROC"][0])
-    save_histograms(clean["reconstruction"], {kind: strange[kind]["reconstruction"] for kind in best_first},
-                    thresholds["reconstruction"], {kind: results[kind, "reconstruction"] for kind in best_first}, title,
-                    folder / "reconstruction_error_distribution.png")
-    shown = next(iter(anomalies)) if left_out is not None else best_first[-1]
-    save_borderline({"clean": (judged, clean["reconstruction"]),
-                     shown: (anomalies[shown], strange[shown]["reconstruction"])}, score,
-                    thresholds["reconstruction"], folder / "anomalies_at_threshold.png")
-    print(f"{path}: {title}; {len(train):,} training images for the distances")
-    print(f"{'AUROC (95 % interval)':28}", *(f"{name:>22}" for name in names))
-    for kind in best_first:
-        cells = [f"{value:.3f} ({low:.3f} to {high:.3f})" for value, low, high in
-                 (results[kind, name]["AUROC"] for name in names)]
-        print(f"{kind:28}", *(f"{cell:>22}" for cell in cells))
-    print(f"{'clean, above the threshold':28}",
-          *(f"{results[shown, name]['false positives'][0]:>22.3f}" for name in names))
-    return results
+    """Judge with the given settings; returns the rows of the table."""
+    check_settings(detection_kwargs)
+    return detect(**source_kwargs, **detection_kwargs)
 
 
 if __name__ == "__main__":
-    common.run(main, source_kwargs, detection_kwargs)
+    common.run_script(main, source_kwargs, detection_kwargs)

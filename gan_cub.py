@@ -1,315 +1,692 @@
-"""GAN, LSGAN, WGAN-GP or hinge GAN on the birds of CUB-200-2011 at 32x32; also on CIFAR-10 or your own images.
+"""GAN, LSGAN, WGAN-GP or hinge GAN on the birds of CUB-200-2011 at 32x32 pixels.
 
-paper:  GAN: Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661; LSGAN: Mao et al. 2016, arXiv 1611.04076; WGAN-GP
-        and the networks: Gulrajani et al. 2017, arXiv 1704.00028; hinge, spectral norm: Miyato et al. 2018, 1802.05957
-run:    python gan_cub.py                           (any key below is an option: --loss lsgan)
-        python gan_cub.py --experiment losses       (all four in turn, compared)
+paper:  GAN: Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
+        LSGAN: Mao et al. 2016, https://arxiv.org/abs/1611.04076
+        WGAN-GP and the networks: Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028
+        hinge loss and spectral norm: Miyato et al. 2018, https://arxiv.org/abs/1802.05957
+run:    python gan_cub.py                       (any key below is an option: --loss lsgan)
+        python gan_cub.py --experiment losses   (all four in turn, compared)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
-writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv, weights_best.pt and
-        weights_iteration_{I}.pt (for sampling), checkpoint.pt (the same command continues from it);
-        an experiment: such a folder for each loss, losses.png, losses.csv
-expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations, seed 0, bfloat16,
-        classifier distance at the end, N 2,000: gan 1070, lsgan 636, wgan-gp 278, hinge 762; 18 min of an AMD EPYC core
+writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv,
+        checkpoint.pt (the same command continues from it),
+        weights_iteration_{I}.pt and weights_best.pt (for sampling);
+        an experiment writes such a folder for each loss, and losses.png, losses.csv
+expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations,
+        seed 0, bfloat16; classifier distance at the end, N 2,000: gan 1070, lsgan 636,
+        wgan-gp 278, hinge 762; 18 min on one core of an AMD EPYC
 """
-import io
+
+import dataclasses
 import math
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
-import datasets
 import fid
 import training
 
 model_kwargs = {
-    "latent_dim": 128,  # >= 2; entries of the latent vector z ~ N(0, I)
-    "feature_maps": 128,  # >= 1; channels of every layer, in both networks
+    "latent_dim": 128,  # entries of the latent vector z ~ N(0, I); at least 2
+    "feature_maps": 128,  # channels of every layer, in both networks
 }
 dataset_kwargs = {
-    "dataset_type": "cub",  # cub | cifar10 | folder | digits; digits is the bundled sample of MNIST, in colour
-    "batch_size": 256,  # >= 1; images an iteration
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
-    "allow_fallback": True,  # with a warning: digits for data, the classifier for Inception, if they cannot be had
+    "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
+    "batch_size": 256,  # images an iteration
+    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
-    "jpeg_quality": 0,  # in [0, 100]; resized images of cub are compressed to this (the course's: 75); 0: they are not
+    "jpeg_quality": 0,  # of cub, compressed after resizing (the course's: 75); 0 does not compress
 }
 trainer_kwargs = {
-    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | hinge; hinge also puts a spectral norm on the discriminator
-    "num_iterations": 30000,  # >= 0; steps of D, over which the learning rate falls to 0; a multiple of eval_every
-    "eval_every": 1000,  # >= 1; iterations between pictures, weights and scores; a multiple of d_steps
-    "d_steps": 5,  # >= 1; steps of D for one of G
-    "lr": 0.0002,  # > 0; Adam's learning rate at the start, of both networks
-    "gp_weight": 10.0,  # >= 0; lambda, the weight of the gradient penalty of wgan-gp
-    "ema_decay": 0.999,  # in [0, 1); pictures, weights and scores are of G averaged over 1000 of its steps; 0: of G
-    "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
-    "score_features": "inception",  # inception | classifier; see fid.py: only with inception is it the FID
-    "score_images": 10000,  # >= 0; generated images a score is taken of; 0 leaves the scores out
-    "experiment": "none",  # none | losses; losses trains gan, lsgan, wgan-gp and hinge, to compare
+    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | hinge (hinge puts a spectral norm on D, too)
+    "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
+    "d_steps": 5,  # steps of D for one of G; it must divide sample_every
+    "lr": 0.0002,  # Adam's learning rate at the start, of both networks
+    "gp_weight": 10.0,  # lambda, the weight of the gradient penalty of wgan-gp
+    "ema_decay": 0.999,  # pictures, weights and scores are of G averaged over 1000 steps; 0: of G
+    "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto is bfloat16 where that is fast
+    "score_features": "auto",  # inception (the FID) | classifier | auto: the first if it can be had
+    "score_images": 10000,  # generated images that a score is taken of; 0 leaves the scores out
     "output_dir": "cub_GAN",  # everything is written there
-    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
-    "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
+}
+run_kwargs = {
+    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores: right for convolutions
+    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "sample_every": 1000,  # iterations between scores, pictures, weights and checkpoints
+}
+experiment_kwargs = {
+    "experiment": "none",  # none | losses; losses trains with every loss in turn, to compare them
 }
 
 
-class ResBlock(nn.Module):
-    """(N, before, H, W) -> (N, after, H', W'), which are 2H or H/2 or H: `scale` is Upsample, AvgPool2d or Identity."""
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    def __init__(self, before, after, norm, scale, pixels=False):
+    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    """
+    common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
+    common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
+    common.require(settings["loss"] in LOSSES, f"loss must be one of {', '.join(LOSSES)}")
+    for key in ("feature_maps", "d_steps", "sample_every"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    for key in ("num_iterations", "gp_weight"):
+        common.require(settings[key] >= 0, f"{key} must be at least 0")
+    common.require(settings["lr"] > 0, "lr must be above 0")
+    common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
+    legal = {
+        "precision": ("auto", "float32", "tf32", "bfloat16"),
+        "score_features": ("auto", "inception", "classifier"),
+        "experiment": ("none", "losses"),
+    }
+    for key, values in legal.items():
+        common.require(settings[key] in values, f"{key} must be one of {', '.join(values)}")
+    count = settings["score_images"]
+    common.require(count == 0 or count >= 2, "score_images must be at least 2, or 0 for no scores")
+    every = settings["sample_every"]
+    whole = settings["num_iterations"] % every == 0
+    common.require(whole, f"num_iterations must be a multiple of sample_every, {every}")
+    whole = every % settings["d_steps"] == 0
+    common.require(whole, f"sample_every must be a multiple of d_steps, {settings['d_steps']}")
+
+
+class ResBlockUp(nn.Module):
+    """The generator's block: (N, channels, H, W) -> (N, channels, 2H, 2W)."""
+
+    def __init__(self, channels):
         super().__init__()
         self.residual = nn.Sequential(
-            norm(before), nn.Identity() if pixels else nn.ReLU(),  # a ReLU of pixels would lose the darker half
-            nn.Conv2d(before, after, kernel_size=3, padding=1, bias=norm is nn.Identity),  # batch norm undoes a bias
-            norm(after), nn.ReLU(), scale, nn.Conv2d(after, after, kernel_size=3, padding=1))
-        shortcut = [scale] if isinstance(scale, nn.Identity) else [scale, nn.Conv2d(before, after, kernel_size=1)]
-        if isinstance(scale, nn.Upsample):
-            shortcut.reverse()  # a 1x1 convolution before the repetition gives the same at a quarter of the cost
-        self.shortcut = nn.Sequential(*shortcut)
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            # no bias: the batch norm that follows would undo it
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(),
+            nn.Upsample(scale_factor=2, mode="nearest"),  # (N, channels, 2H, 2W)
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        )
+        # A 1x1 convolution before the upsampling gives the same at a quarter
+        # of the cost.
+        self.shortcut = nn.Sequential(
+            nn.Conv2d(channels, channels, kernel_size=1),
+            nn.Upsample(scale_factor=2, mode="nearest"),  # (N, channels, 2H, 2W)
+        )
 
     def forward(self, x):
         return self.residual(x) + self.shortcut(x)
 
 
-class Generator(nn.Module):
-    """z (N, latent_dim) -> images (N, 3, H, W) float32 in [-1, 1]."""
+class FirstResBlock(nn.Module):
+    """The discriminator's first block: images (N, C, H, W) -> (N, channels, H/2, W/2)."""
 
-    def __init__(self, latent_dim, feature_maps, image_size):
+    def __init__(self, image_channels, channels):
         super().__init__()
-        self.model = nn.Sequential(
-            nn.Linear(latent_dim, feature_maps * 4 * 4), nn.Unflatten(1, (feature_maps, 4, 4)),
-            *(ResBlock(feature_maps, feature_maps, nn.BatchNorm2d, nn.Upsample(scale_factor=2, mode="nearest"))
-              for _ in range(int(math.log2(image_size / 4)))),
-            nn.BatchNorm2d(feature_maps), nn.ReLU(), nn.Conv2d(feature_maps, 3, kernel_size=3, padding=1))
+        self.residual = nn.Sequential(
+            # no ReLU comes first: it would lose the darker half of the pixels
+            nn.Conv2d(image_channels, channels, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(2),  # (N, channels, H/2, W/2)
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        )
+        self.shortcut = nn.Sequential(
+            nn.AvgPool2d(2),  # (N, C, H/2, W/2)
+            nn.Conv2d(image_channels, channels, kernel_size=1),
+        )
+
+    def forward(self, x):
+        return self.residual(x) + self.shortcut(x)
+
+
+class ResBlockDown(nn.Module):
+    """A block of the discriminator: (N, channels, H, W) -> (N, channels, H/2, W/2)."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.AvgPool2d(2),  # (N, channels, H/2, W/2)
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        )
+        self.shortcut = nn.Sequential(
+            nn.AvgPool2d(2),  # (N, channels, H/2, W/2)
+            nn.Conv2d(channels, channels, kernel_size=1),
+        )
+
+    def forward(self, x):
+        return self.residual(x) + self.shortcut(x)
+
+
+class ResBlock(nn.Module):
+    """A block of the discriminator that keeps the size: (N, channels, H, W) -> the same."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.residual = nn.Sequential(
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1),
+        )
+
+    def forward(self, x):
+        return self.residual(x) + x
+
+
+class Generator(nn.Module):
+    """z (N, latent_dim) -> images (N, C, H, W) float32 in [-1, 1]."""
+
+    def __init__(self, latent_dim, feature_maps, image_channels, image_size):
+        super().__init__()
+        layers = [
+            nn.Linear(latent_dim, feature_maps * 4 * 4),
+            nn.Unflatten(1, (feature_maps, 4, 4)),  # (N, 128, 4, 4)
+        ]
+        doublings = int(math.log2(image_size // 4))  # 3 at 32 pixels
+        for _ in range(doublings):
+            layers.append(ResBlockUp(feature_maps))  # (N, 128, 8, 8), then 16, then 32
+        layers += [
+            nn.BatchNorm2d(feature_maps),
+            nn.ReLU(),
+            nn.Conv2d(feature_maps, image_channels, kernel_size=3, padding=1),  # (N, 3, 32, 32)
+        ]
+        self.model = nn.Sequential(*layers)
 
     def forward(self, z):
-        # at 32 pixels: (N, 2048) -> (N, 128, 4, 4) -> (N, 128, 8, 8) -> (N, 128, 16, 16) -> (N, 128, 32, 32)
-        return self.model(z).float().tanh()  # (N, 3, 32, 32)
+        return self.model(z).float().tanh()
 
 
 class Discriminator(nn.Module):
-    """Images (N, 3, H, W) in [-1, 1] -> logit (N,) float32, high for real ones.
+    """Images (N, C, H, W) in [-1, 1] -> logit (N,) float32, high for real ones.
 
-    Each is judged by itself, without batch norm: the penalty is on the gradient of a single image's logit.
+    There is no batch norm: the penalty is on the gradient of one image's
+    logit, which must not depend on the other images.
     """
 
-    def __init__(self, feature_maps, image_size, spectral_norm):
+    def __init__(self, feature_maps, image_channels, image_size, spectral_norm):
         super().__init__()
-        first, *others = [nn.AvgPool2d(2)] * int(math.log2(image_size / 8)) + [nn.Identity()] * 2
-        self.blocks = nn.Sequential(ResBlock(3, feature_maps, nn.Identity, first, pixels=True), *(
-            ResBlock(feature_maps, feature_maps, nn.Identity, scale) for scale in others), nn.ReLU())
+        layers = [FirstResBlock(image_channels, feature_maps)]  # (N, 128, 16, 16)
+        halvings = int(math.log2(image_size // 16))  # 1 at 32 pixels
+        for _ in range(halvings):
+            layers.append(ResBlockDown(feature_maps))  # (N, 128, 8, 8)
+        layers += [ResBlock(feature_maps), ResBlock(feature_maps), nn.ReLU()]
+        self.blocks = nn.Sequential(*layers)
         self.linear = nn.Linear(feature_maps, 1)
-        if spectral_norm:  # divides a weight by its largest singular value, estimated by one power iteration a pass
-            for layer in [part for part in self.modules() if isinstance(part, (nn.Conv2d, nn.Linear))]:
-                nn.utils.parametrizations.spectral_norm(layer)
+        if spectral_norm:
+            # It divides a weight by its largest singular value, which is
+            # estimated by one power iteration a pass (Miyato et al.,
+            # algorithm 1).
+            for layer in list(self.modules()):
+                if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                    nn.utils.parametrizations.spectral_norm(layer)
 
     def forward(self, x):
-        # at 32 pixels: (N, 128, 16, 16) -> (N, 128, 8, 8), which stays -> (N, 128)
-        return self.linear(self.blocks(x).float().sum(dim=(2, 3))).squeeze(1).float()
+        features = self.blocks(x).float().sum(dim=(2, 3))  # (N, 128)
+        return self.linear(features).squeeze(1).float()
 
 
-# of a logit l: D's loss on a real image, D's on a generated one, G's on a generated one; batches take the mean
-LOSSES = {"gan": (lambda l: F.softplus(-l), lambda l: F.softplus(l), lambda l: F.softplus(-l)),
-          # -log D, -log(1 - D), -log D with D = sigmoid(l): Goodfellow et al., eq. (1); G's is their non-saturating one
-          "lsgan": (lambda l: 0.5 * (l - 1)**2, lambda l: 0.5 * l**2, lambda l: 0.5 * (l - 1)**2),
-          # Mao et al., eq. (2) with a = 0, b = c = 1
-          "wgan-gp": (lambda l: -l, lambda l: l, lambda l: -l),  # Gulrajani et al., eq. (3); the penalty is below
-          "hinge": (lambda l: F.relu(1 - l), lambda l: F.relu(1 + l), lambda l: -l)}  # Miyato et al., eq. (16), (17)
+def gan_discriminator_loss(real_logits, fake_logits):
+    """-log D(x) - log(1 - D(G(z))), D the sigmoid of the logit; Goodfellow et al., eq. (1).
+
+    Both halves are means over the batch, here and below. At D = 1/2 it is 2
+    log 2 = 1.386.
+    """
+    real_targets, fake_targets = torch.ones_like(real_logits), torch.zeros_like(fake_logits)
+    real_loss = F.binary_cross_entropy_with_logits(real_logits, real_targets)
+    fake_loss = F.binary_cross_entropy_with_logits(fake_logits, fake_targets)
+    return real_loss + fake_loss
+
+
+def gan_generator_loss(fake_logits):
+    """Non-saturating loss -log D(G(z)): Goodfellow et al., end of section 3."""
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+
+def lsgan_discriminator_loss(real_logits, fake_logits):
+    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit; Mao et al., eq. (2) with a = 0, b = 1."""
+    real_loss = F.mse_loss(real_logits, torch.ones_like(real_logits))
+    fake_loss = F.mse_loss(fake_logits, torch.zeros_like(fake_logits))
+    return 0.5 * real_loss + 0.5 * fake_loss
+
+
+def lsgan_generator_loss(fake_logits):
+    """(D(G(z)) - 1)^2 / 2, D the logit; Mao et al., eq. (2) with c = 1."""
+    return 0.5 * F.mse_loss(fake_logits, torch.ones_like(fake_logits))
+
+
+def wgan_discriminator_loss(real_logits, fake_logits):
+    """D(G(z)) - D(x), D the logit; Gulrajani et al., eq. (3), to which the penalty is added."""
+    return fake_logits.mean() - real_logits.mean()
+
+
+def wgan_generator_loss(fake_logits):
+    """-D(G(z)), D the logit; Gulrajani et al., algorithm 1."""
+    return -fake_logits.mean()
+
+
+def hinge_discriminator_loss(real_logits, fake_logits):
+    """max(0, 1 - D(x)) + max(0, 1 + D(G(z))), D the logit; Miyato et al., eq. (16).
+
+    It is 2 where D is 0 everywhere, and 0 where D is beyond 1 on the right
+    side everywhere.
+    """
+    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+
+
+def hinge_generator_loss(fake_logits):
+    """-D(G(z)), D the logit; Miyato et al., eq. (17)."""
+    return -fake_logits.mean()
+
+
+# The key "loss" chooses a line here. To add a loss, write its two functions
+# above and its line below; what it needs beside them goes where the Trainer
+# asks for "wgan-gp" or for "hinge".
+LOSSES = {
+    "gan": (gan_discriminator_loss, gan_generator_loss),
+    "lsgan": (lsgan_discriminator_loss, lsgan_generator_loss),
+    "wgan-gp": (wgan_discriminator_loss, wgan_generator_loss),
+    "hinge": (hinge_discriminator_loss, hinge_generator_loss),
+}
 
 
 def gradient_penalty(critic, real, fake, epsilon):
-    """(|gradient of the critic at epsilon x + (1 - epsilon) G(z)| - 1)^2, batch mean; Gulrajani et al., eq. (3).
+    """(|gradient of the critic at epsilon x + (1 - epsilon) G(z)| - 1)^2, mean over the batch.
 
-    real, fake (N, C, H, W), cut off from what made them; epsilon (N, 1, 1, 1) in [0, 1); the norm is over C, H and W.
+    Gulrajani et al., eq. (3); the norm is over C, H and W. real, fake (N, C,
+    H, W), cut off from what made them; epsilon (N, 1, 1, 1) in [0, 1).
     """
-    mixed = (epsilon * real + (1 - epsilon) * fake).detach().requires_grad_()
-    gradient, = torch.autograd.grad(critic(mixed).sum(), mixed, create_graph=True)  # of a sum: each image's own
-    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
+    mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
+    mixed = mixed.detach().requires_grad_()
+    # The gradient of the sum holds, for each image, the gradient of its own
+    # logit.
+    total = critic(mixed).sum()
+    (gradient,) = torch.autograd.grad(total, mixed, create_graph=True)  # (N, C, H, W)
+    norms = gradient.flatten(1).norm(dim=1)  # (N,)
+    return (norms - 1).square().mean()
+
+
+def mean_distance(images):
+    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    return F.pdist(images.flatten(1).cpu()).mean().item()
+
+
+def make_networks(latent_dim, feature_maps, image_shape, spectral_norm, device):
+    """(generator, its average, discriminator) for images of shape (C, H, W), on the device."""
+    image_channels, image_size, _ = image_shape
+    generator = Generator(latent_dim, feature_maps, image_channels, image_size)
+    ema_generator = Generator(latent_dim, feature_maps, image_channels, image_size)
+    ema_generator.load_state_dict(generator.state_dict())
+    ema_generator.requires_grad_(False).eval()
+    discriminator = Discriminator(feature_maps, image_channels, image_size, spectral_norm)
+    networks = [generator, ema_generator, discriminator]
+    # In memory the channels of a pixel lie side by side: convolutions are
+    # faster so.
+    return [network.to(device, memory_format=torch.channels_last) for network in networks]
+
+
+def make_adam(network, lr):
+    """Adam with the betas of Gulrajani et al., algorithm 1: no momentum. lr: a tensor."""
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.0, 0.9), fused=True)
+
+
+def steps_taken(optimizer):
+    """How many steps an Adam has taken, by its own counter: a tensor on the device."""
+    first_parameter = optimizer.param_groups[0]["params"][0]
+    return optimizer.state[first_parameter]["step"]
+
+
+def make_scorer(train, test, score_features, score_images):
+    """What measures how far generated images are from `train` (see fid.py). None: no scores."""
+    if score_images == 0:
+        return None
+    try:
+        return fid.Scorer(train, test, features=score_features, num_images=score_images)
+    except ValueError as error:  # there is neither Inception nor a class to tell from others
+        if score_features != "auto":
+            raise
+        print(f"WARNING: NO SCORES. {error}.", file=sys.stderr, flush=True)
+        return None
+
+
+def refuse_other_score(history, scorer):
+    """A run goes on only with the score that it began with: other distances mean other things."""
+    if scorer:
+        scored_alike = all(scorer.name in row for row in history)
+        message = f"the run was not scored by the {scorer.name} so far; give another --output_dir"
+        common.require(scored_alike, message)
 
 
 class Trainer:
-    """Both networks, the averaged generator, the optimisers, and the training loop."""
+    """The networks, their optimisers, and the training loop. train, test: two common.Images."""
 
-    def __init__(self, run, train, score, loss, num_iterations, d_steps, lr, gp_weight, ema_decay, precision):
-        self.run, self.train, self.score, self.loss, self.d_steps = run, train, score, loss, d_steps
-        self.real_loss, self.fake_loss, self.generator_loss = LOSSES[loss]
-        self.num_iterations, self.lr, self.gp_weight, self.ema_decay = num_iterations, lr, gp_weight, ema_decay
-        kind, kwargs, self.latent_dim = run.device.type, run.model_kwargs, run.model_kwargs["latent_dim"]
-        # autocast keeps no weights in bfloat16: they would go stale, since D changes d_steps times within a step
-        self.precision = dict(device_type=kind, dtype=torch.bfloat16, cache_enabled=False,
-                              enabled=common.set_precision(precision, run.device))
-        place = dict(device=run.device, memory_format=torch.channels_last)  # channels side by side in memory
-        self.generator, self.ema_generator = (Generator(**kwargs).to(**place) for _ in range(2))
-        self.ema_generator.requires_grad_(False).eval().load_state_dict(self.generator.state_dict())
-        self.discriminator = Discriminator(kwargs["feature_maps"], kwargs["image_size"], loss == "hinge").to(**place)
-        self.lr_now = torch.tensor(lr, device=run.device)  # on the device, so that a captured step can change it
-        self.generator_optimizer, self.discriminator_optimizer = (
-            torch.optim.Adam(network.parameters(), lr=self.lr_now, betas=(0.0, 0.9), fused=True)
-            for network in (self.generator, self.discriminator))
-        self.fixed_z = torch.randn(100, self.latent_dim).to(run.device)  # every picture is drawn from these
-        self.plane = self.fixed_z[:1].repeat(100, 1)  # the first of them, with two entries swept over [-1, 1]
-        self.plane[:, :2] = torch.cartesian_prod(*2 * [torch.linspace(-1, 1, 10, device=run.device)])
-        self.real_distance = common.mean_distance(train.images.pixels[:100] / 127.5)
+    def __init__(
+        self,
+        run,
+        train,
+        test,
+        *,
+        latent_dim,
+        feature_maps,
+        loss,
+        num_iterations,
+        d_steps,
+        lr,
+        gp_weight,
+        ema_decay,
+        precision,
+        score_features,
+        score_images,
+        output_dir,
+        sample_every,
+    ):
+        self.run, self.folder, self.latent_dim = run, Path(output_dir), latent_dim
+        self.num_iterations, self.sample_every, self.d_steps = num_iterations, sample_every, d_steps
+        self.loss, self.gp_weight, self.ema_decay = loss, gp_weight, ema_decay
+        self.discriminator_loss, self.generator_loss = LOSSES[loss]
+        # One call of `step` takes the batches of d_steps iterations at once.
+        self.train = dataclasses.replace(train, batch_size=train.batch_size * d_steps)
+        self.scorer = make_scorer(train, test, score_features, score_images)
+        self.bfloat16 = common.use_bfloat16(precision, train.device)
+        image_shape, spectral_norm = train.pixels.shape[1:], loss == "hinge"
+        self.generator, self.ema_generator, self.discriminator = make_networks(
+            latent_dim, feature_maps, image_shape, spectral_norm, train.device
+        )
+        # The rate is a tensor on the device, since a CUDA graph would freeze
+        # a Python number.
+        self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
+        self.generator_optimizer = make_adam(self.generator, self.lr)
+        self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
+        # every picture is drawn from the same latent vectors, so that they
+        # can be compared
+        self.fixed_z = torch.randn(100, latent_dim).to(train.device)
+
+    def autocast(self):
+        """Inside, layers compute in bfloat16 if asked to; weights and losses stay float32."""
+        # Without a cache of weights in bfloat16: D changes several times
+        # within a step.
+        kind = self.train.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)
+
+    def step(self, real):
+        """d_steps iterations, then one step of G. real (d_steps * N, C, H, W) in [-1, 1].
+
+        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
+        counter, an .item() or another Python number would be frozen at its
+        first value. Change tensors instead. The scalars become columns of the
+        history, as means over the epoch's images: for another one, add it to
+        the dict that is returned.
+        """
+        rows = []
+        with self.autocast():
+            for part in real.chunk(self.d_steps):  # (N, C, H, W)
+                rows.append(self.discriminator_step(part))
+            g_loss = self.generator_step(len(real) // self.d_steps)
+        self.update_ema()
+
+        # The rate of the next step falls linearly to 0. For another decay,
+        # change these lines.
+        done = steps_taken(self.discriminator_optimizer)  # iterations
+        self.lr.copy_(self.first_lr * (1 - done / self.num_iterations))
+
+        values = {}
+        for name in rows[0]:
+            values[name] = torch.stack([row[name] for row in rows]).mean()
+        values["generator loss"] = g_loss
+        return values
 
     def discriminator_step(self, real):
-        """One step of D on real (N, 3, H, W) in [-1, 1] and as many generated images: an iteration."""
+        """One step of D on real (N, C, H, W) in [-1, 1]: an iteration. Returns scalars."""
         with torch.no_grad():  # this loss teaches only D
-            fake = self.generator(torch.randn(len(real), self.latent_dim, device=real.device))
-        # without batch norm, real and generated images can go through D together
-        real_logits, fake_logits = self.discriminator(torch.cat([real, fake])).chunk(2)
-        loss = self.real_loss(real_logits).mean() + self.fake_loss(fake_logits).mean()
-        values = {"discriminator loss": loss, "real logit": real_logits.mean(), "fake logit": fake_logits.mean()}
+            z = torch.randn(len(real), self.latent_dim, device=real.device)
+            fake = self.generator(z)  # (N, C, H, W)
+
+        # D sees both halves in one pass, which is safe because it has no
+        # batch norm.
+        logits = self.discriminator(torch.cat([real, fake]))  # (2N,)
+        real_logits, fake_logits = logits.chunk(2)  # (N,) each
+        loss = self.discriminator_loss(real_logits, fake_logits)
+        values = {
+            "discriminator loss": loss,  # without the penalty, which has its own column
+            "real logit": real_logits.mean(),
+            "fake logit": fake_logits.mean(),
+        }
         if self.loss == "wgan-gp":
             epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
-            values["gradient penalty"] = penalty = gradient_penalty(self.discriminator, real, fake, epsilon)
+            penalty = gradient_penalty(self.discriminator, real, fake, epsilon)
+            values["gradient penalty"] = penalty
             loss = loss + self.gp_weight * penalty
         self.discriminator_optimizer.zero_grad()
         loss.backward()
-        training.average_gradients(self.discriminator_optimizer)
+        # with torchrun: the mean over all processes; alone it does nothing
+        training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
         return values
 
     def generator_step(self, count):
         """One step of G on count images; returns its loss."""
-        fake = self.generator(torch.randn(count, self.latent_dim, device=self.run.device))
-        loss = self.generator_loss(self.discriminator.eval()(fake)).mean()  # eval: D's spectral norms stay as they are
+        z = torch.randn(count, self.latent_dim, device=self.train.device)
+        fake = self.generator(z)  # (N, C, H, W)
+        self.discriminator.eval()  # so that its spectral norms stay as they are
+        loss = self.generator_loss(self.discriminator(fake))
         self.discriminator.train()
         self.generator_optimizer.zero_grad()
-        loss.backward(inputs=list(self.generator.parameters()))  # spares the gradients of D's weights
-        training.average_gradients(self.generator_optimizer)
+        # `inputs` leaves out the gradients of D's weights, which nobody needs
+        loss.backward(inputs=list(self.generator.parameters()))
+        training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
-        self.average()
         return loss
 
-    def step(self, real):
-        """d_steps iterations, then one step of G. real (d_steps N, 3, H, W) in [-1, 1]; returns scalars."""
-        with torch.autocast(**self.precision):
-            rounds = [self.discriminator_step(part) for part in real.chunk(self.d_steps)]
-            values = {name: torch.stack([one[name] for one in rounds]).mean() for name in rounds[0]}
-            return values | {"generator loss": self.generator_step(len(real) // self.d_steps)}
-
     @torch.no_grad()
-    def average(self):
-        """ema = decay ema + (1 - decay) G, statistics too; the decay grows as (1 + t) / (10 + t) up to ema_decay."""
-        t = self.generator.model[-3].num_batches_tracked / (self.d_steps + 1)  # batch norm counts passes, on the device
-        for ema, now in zip(self.ema_generator.state_dict().values(), self.generator.state_dict().values()):
-            if ema.is_floating_point():  # counters are not averaged
-                ema.lerp_(now, (9 / (10 + t)).clamp(min=1 - self.ema_decay))
+    def update_ema(self):
+        """ema = decay ema + (1 - decay) G, for weights and for batch norm's statistics.
+
+        After t steps of G the decay is (1 + t) / (10 + t), at most ema_decay,
+        so that the first weights are soon forgotten.
+        """
+        t = steps_taken(self.generator_optimizer)
+        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
+        averaged = self.ema_generator.state_dict()
+        for name, value in self.generator.state_dict().items():
+            if value.is_floating_point():  # counters are not averaged
+                averaged[name].lerp_(value, weight)
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> images (N, 3, H, W) in [-1, 1] of the averaged generator, in eval mode."""
-        with torch.autocast(**self.precision):
+        """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1] of the averaged generator."""
+        with self.autocast():
             return self.ema_generator(z)
 
+    def generate(self, index):
+        """A new image for each entry of index (N,), for the scorer."""
+        return self.sample(torch.randn(len(index), self.latent_dim).to(self.train.device))
+
     def fit(self):
-        """Train to num_iterations, continuing from a checkpoint if there is one."""
+        """Train to num_iterations. If there is a checkpoint, run.epochs loads it and goes on.
+
+        An epoch of `run` is a period of sample_every iterations here, cut
+        from an endless row of passes over the data. run.step counts calls of
+        `step` within the period.
+        """
         run = self.run
-        state = {name: getattr(self, name) for name in ("generator", "ema_generator", "discriminator",
-                                                        "generator_optimizer", "discriminator_optimizer")}
-        step = run.fast_step(self.step)
-        for period in run.epochs(self.train, state):
-            for optimizer in (self.generator_optimizer, self.discriminator_optimizer):
-                optimizer.param_groups[0]["lr"] = self.lr_now  # a restored one brings a number of its own
-            for images, _ in run.batches():
-                done = ((period - 1) * self.train.steps + run.step) * self.d_steps
-                self.lr_now.fill_(self.lr * (1 - done / self.num_iterations))
-                run.log(step(images))
-            self.evaluate(period * run.each)
+        state = {
+            "generator": self.generator,
+            "ema_generator": self.ema_generator,
+            "discriminator": self.discriminator,
+            "generator_optimizer": self.generator_optimizer,
+            "discriminator_optimizer": self.discriminator_optimizer,
+        }
+        periods = self.num_iterations // self.sample_every
+        steps = self.sample_every // self.d_steps
+        size = self.sample_every
+        for period in run.epochs(
+            self.train, state, periods, steps=steps, unit="iteration", unit_size=size
+        ):
+            refuse_other_score(self.run.history, self.scorer)
+            for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
+                run.train_step(self.step, images)
+                # A picture every 100 steps goes here:
+                #     if run.step % 100 == 0:
+                #         self.draw(f"{period}_step_{run.step}")
+            self.evaluate(period * size)
 
     def evaluate(self, iteration):
-        """This iteration's row of the history, weights and pictures."""
-        run, score, samples = self.run, self.score, self.sample(self.fixed_z)
-        measured = {"diversity": common.mean_distance(samples) / self.real_distance}  # towards 0 all are alike
-        panels = {"loss": ["discriminator loss", "generator loss"], "mean logit": ["real logit", "fake logit"],
-                  "mean distance, real images = 1": ["diversity"]}
-        if score:
-            measured[score.name] = score(lambda i: self.sample(torch.randn(len(i), self.latent_dim).to(run.device)))
-            panels = {f"{score.name} (N {score.n:,})": [score.name]} | panels
-        run.end_epoch(**measured)
-        if not run.sampling:  # of several processes the first one writes
-            return
-        run.save_weights(generator=self.ema_generator)
-        if score and measured[score.name] == min(run.history[score.name]):
-            weights = (run.folder / f"weights_iteration_{iteration}.pt").read_bytes()
-            common.write(run.folder / "weights_best.pt", weights)
-        common.save_grid(samples, run.folder / f"samples_{iteration}.png", columns=10)
-        common.save_grid(self.sample(self.plane), run.folder / f"interpolations_{iteration}.png", columns=10)
-        common.save_curves(run.history, panels, f"gan_cub ({self.loss}) on {self.train.name}",
-                           run.folder / ("fid_vs_iterations.png" if score else "train_loss_curve.png"))
+        """This iteration's row of the history, its weights and its pictures."""
+        run = self.run
+        some = torch.arange(min(100, len(self.train)), device=self.train.device)
+        real_distance = mean_distance(self.train.batch(some)[0])
+        # 1 is as varied as the data; towards 0 all samples become alike: mode
+        # collapse. what is measured once a period becomes a column by this
+        # dict
+        measured = {"diversity": mean_distance(self.sample(self.fixed_z)) / real_distance}
+        if self.scorer:
+            measured |= self.scorer(self.generate)  # {name of the distance: value}
+        history = run.end_epoch(measured)
+        run.save_weights(f"weights_iteration_{iteration}.pt", generator=self.ema_generator)
+        if self.scorer:
+            scores = [row[self.scorer.name] for row in history]
+            if scores[-1] == min(scores):  # the best so far
+                run.save_weights("weights_best.pt", generator=self.ema_generator)
+        self.draw(iteration)
+        self.draw_curves(history)
+
+    def draw(self, number):
+        """Write a hundred samples, and a plane through the latent space of the first of them."""
+        samples = self.sample(self.fixed_z)
+        common.save_grid(samples, self.folder / f"samples_{number}.png", columns=10)
+        values = torch.linspace(-1, 1, 10, device=self.train.device)
+        plane = self.fixed_z[:1].repeat(100, 1)  # (100, latent_dim)
+        # down the picture the first latent grows, from left to right the
+        # second
+        plane[:, :2] = torch.cartesian_prod(values, values)
+        samples = self.sample(plane)
+        common.save_grid(samples, self.folder / f"interpolations_{number}.png", columns=10)
+
+    def draw_curves(self, history):
+        """Write the history so far, a list of rows {column: value}, as curves."""
+        panels = {
+            "loss": ["discriminator loss", "generator loss"],
+            "mean logit": ["real logit", "fake logit"],
+            "mean distance, real images = 1": ["diversity"],
+        }
+        name = "train_loss_curve.png"
+        if self.scorer:
+            label = f"{self.scorer.name} (N {self.scorer.num_images:,})"
+            panels = {label: [self.scorer.name], **panels}
+            name = "fid_vs_iterations.png"
+        title = f"gan_cub ({self.loss}) on {self.train.name}"
+        common.save_curves(history, panels, title, self.folder / name)
 
 
 def load_generator(weights_path):
-    """Rebuild the generator of a weights_iteration_{I}.pt or weights_best.pt, in eval mode. Raises common.BadInput."""
-    weights = common.load(weights_path, "gan_cub", "generator")
-    generator = Generator(**weights["model_kwargs"])
+    """The generator of a weights_iteration_{I}.pt or weights_best.pt. Raises common.BadInput.
+
+    To sample: load_generator(path)(torch.randn(16, 128)) gives (16, 3, 32,
+    32) in [-1, 1].
+    """
+    weights = common.load_weights(weights_path, "gan_cub", "generator")
+    image_channels, image_size, _ = weights["data"]["shape"]
+    kwargs = weights["model_kwargs"]
+    generator = Generator(kwargs["latent_dim"], kwargs["feature_maps"], image_channels, image_size)
     generator.load_state_dict(weights["generator"])
     return generator.eval()
 
 
-def main(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train with the given settings; returns the Trainer, or {loss: Trainer} of an experiment."""
-    common.check(__file__, {**model_kwargs, **dataset_kwargs, **trainer_kwargs})
-    if trainer_kwargs["experiment"] != "none":
-        return compare(model_kwargs, dataset_kwargs, trainer_kwargs)
-    options = {key: value for key, value in trainer_kwargs.items() if key != "experiment"}
-    iterations, each, d_steps = (options[key] for key in ("num_iterations", "eval_every", "d_steps"))
-    if iterations % each or each % d_steps:
-        raise common.BadInput(f"eval_every {each} must divide num_iterations {iterations}, and d_steps {d_steps} it")
-    run = training.Run(__file__, model_kwargs, dataset_kwargs, num_epochs=iterations // each, sample_every=1, **options)
-    run.unit, run.each = "iteration", each  # more iterations than that would need another slope of the learning rate
-    run.model_kwargs["image_size"] = dataset_kwargs["image_size"]  # sampling rebuilds the networks from these
-    train, test = datasets.load_data(**dataset_kwargs, shuffle=True, channels=3, device=run.device)
-    _, count, features = (run.trainer_kwargs.pop(key) for key in ("eval_every", "score_images", "score_features"))
-    try:
-        score = count and fid.Scorer(train, test, count, features, dataset_kwargs["data_dir"],
-                                     fall_back=dataset_kwargs["allow_fallback"])
-    except common.BadInput as error:
-        if not dataset_kwargs["allow_fallback"]:
-            raise common.BadInput(f"{error}; or leave the scores out with --score_images 0")
-        score = common.say(f"WARNING: NO SCORES. {error}.", None)
-    if score and run.checkpoint and run.checkpoint["epoch"] and score.name not in run.checkpoint["history"]:
-        raise common.BadInput(f"{run.path} was scored otherwise than by the {score.name}; give another --output_dir")
-    stream = datasets.Stream(train, dataset_kwargs["batch_size"] * d_steps, each // d_steps)
-    trainer = Trainer(run, stream, score, **run.trainer_kwargs)
+def main(
+    model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs=experiment_kwargs
+):
+    """Train with the given settings; returns the Trainer, or {loss: Trainer} of an experiment.
+
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
+    here or in the dict above. It gives (image, label): a Pillow image or a
+    tensor (C, H, W), uint8 or in [0, 1].
+    """
+    check_settings(
+        {**model_kwargs, **dataset_kwargs, **trainer_kwargs, **run_kwargs, **experiment_kwargs}
+    )
+    if experiment_kwargs["experiment"] == "losses":
+        return compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    # these two are grey; all others, and the digits that stand in for them,
+    # are in colour
+    grey = dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist")
+    train, test = common.load_data(
+        **dataset_kwargs,
+        shuffle=True,
+        image_channels=1 if grey else 3,
+        device=run_kwargs["device"],
+    )
+    sample_every = run_kwargs["sample_every"]
+    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs, sample_every=sample_every)
     trainer.fit()
     return trainer
 
 
-def compare(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train each loss in a folder of its own, unless that is done; then the scores and samples of all, and a table."""
-    from matplotlib import figure as drawing, image
+def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
+    """Train with each loss in a folder of its own, unless that is done; then compare them.
 
-    folder, trainers = trainer_kwargs["output_dir"], {}
+    Returns {loss: Trainer}.
+    """
+    folder = Path(trainer_kwargs["output_dir"])
+    trainers = {}  # {loss: Trainer}
     for loss in LOSSES:
         print(f"losses: {loss}", flush=True)
-        options = {**trainer_kwargs, "experiment": "none", "loss": loss, "output_dir": f"{folder}/{loss}"}
-        trainers[loss] = one = main(model_kwargs, dataset_kwargs, options)
-    if not (one.score and one.num_iterations):
-        return trainers
-    figure, name = drawing.Figure(figsize=(13, 6), layout="constrained"), one.score.name
-    axes = figure.subplot_mosaic([["curves", "gan", "lsgan"], ["curves", "wgan-gp", "hinge"]], width_ratios=(2, 1, 1))
-    table = f"loss,best {name},at iteration,last {name},last diversity\n"
-    for loss, trainer in trainers.items():
-        iterations, scores, diversity = (trainer.run.history[key] for key in ("iteration", name, "diversity"))
-        best = scores.index(min(scores))
-        table += f"{loss},{scores[best]:.5g},{iterations[best]},{scores[-1]:.5g},{diversity[-1]:.3f}\n"
-        axes["curves"].plot(iterations, scores, marker="o", markersize=3, label=loss)
-        axes[loss].imshow(image.imread(trainer.run.folder / f"samples_{iterations[-1]}.png"))
-        axes[loss].set(title=f"{loss}: {scores[-1]:.4g}", xticks=[], yticks=[])
-    axes["curves"].grid(alpha=0.3)
-    axes["curves"].set(xlabel="iteration", ylabel=f"{name} (N {one.score.n:,})", xlim=(0, None), ylim=(0, None))
-    axes["curves"].legend()
-    figure.suptitle(f"gan_cub on {one.train.name}: {name}, and samples after the last iteration", fontsize=10)
-    figure.savefig(buffer := io.BytesIO(), dpi=110)
-    common.write(f"{folder}/losses.png", buffer.getvalue())
-    common.write(f"{folder}/losses.csv", table.encode())
-    print(table)
+        changed = {**trainer_kwargs, "loss": loss, "output_dir": str(folder / loss)}
+        trainers[loss] = main(model_kwargs, dataset_kwargs, changed, run_kwargs)
+    if trainer_kwargs["num_iterations"] and trainers[loss].scorer:
+        rows = [summary(trainer) for trainer in trainers.values()]
+        common.write(folder / "losses.csv", rows)
+        for row in rows:
+            print(row)
+        draw_losses(trainers, folder / "losses.png")
     return trainers
 
 
+def summary(trainer):
+    """A row {column: value} on one loss: its best score, and its last."""
+    history, name = trainer.run.history, trainer.scorer.name
+    refuse_other_score(history, trainer.scorer)
+    scores = [row[name] for row in history]
+    best = min(scores)
+    return {
+        "loss": trainer.loss,
+        f"best {name}": best,
+        "at iteration": history[scores.index(best)]["iteration"],
+        f"last {name}": scores[-1],
+        "last diversity": history[-1]["diversity"],
+    }
+
+
+def draw_losses(trainers, path):
+    """Write the scores of {loss: Trainer} as curves, and beside them the last samples of each."""
+    from matplotlib import image
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(4 * (1 + len(trainers)), 4.5), layout="constrained")
+    curves, *pictures = figure.subplots(1, 1 + len(trainers))
+    for axes, (loss, trainer) in zip(pictures, trainers.items()):
+        scorer, history = trainer.scorer, trainer.run.history
+        iterations = [row["iteration"] for row in history]
+        scores = [row[scorer.name] for row in history]
+        curves.plot(iterations, scores, marker="o", markersize=3, label=loss)
+        axes.imshow(image.imread(trainer.folder / f"samples_{iterations[-1]}.png"))
+        axes.set(title=f"{loss}: {scores[-1]:.4g}", xticks=[], yticks=[])
+    label = f"{scorer.name} (N {scorer.num_images:,})"
+    curves.set(xlabel="iteration", ylabel=label, xlim=(0, None), ylim=(0, None))
+    curves.grid(alpha=0.3)
+    curves.legend()
+    title = f"gan_cub on {trainer.train.name}: {scorer.name}, and samples after the last iteration"
+    figure.suptitle(title, fontsize=10, parse_math=False)  # a folder may have $ in its name
+    common.write(path, figure)
+
+
 if __name__ == "__main__":
-    common.run(main, model_kwargs, dataset_kwargs, trainer_kwargs)
+    common.run_script(
+        main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs
+    )

@@ -1,207 +1,295 @@
-"""Where a trained encoder puts the test images: its latent means in two dimensions, as a picture and as a page.
+"""A map of where a trained encoder puts the test images, as a picture and as a page to explore.
 
-paper:  Pearson 1901, On lines and planes of closest fit, Phil. Mag. 2 (principal components);
-        colours: Petroff 2021, https://arxiv.org/abs/2107.02270, told apart by colour-blind readers too
-run:    python latent_space_vae.py                  (the newest weights with an encoder; any key below is an option)
-writes: beside the weights: latents_space_2d.png; latents_space_2d.html (open it: one file, offline, move the mouse);
-        latents_space_2d.csv (how well the classes can be told apart)
-expect: main_vae on MNIST, 50 epochs: 10 nearest neighbours 96.2 % right on 32 latents, 33.5 % on the plane; a page of
-        3.4 MB for 5,000 images; 8 s of one AMD EPYC core
+paper:  Pearson 1901, On lines and planes of closest fit to systems of points in space,
+        Philosophical Magazine 2 (principal components)
+        Petroff 2021, https://arxiv.org/abs/2107.02270 (colours that colour-blind readers tell
+        apart, too)
+run:    python latent_space_vae.py          (takes the newest weights with an encoder)
+writes: beside the weights: latents_space_2d.png, latents_space_2d.html (open it and move the
+        mouse: it is one file and needs no network), latents_space_2d.csv (how well the classes
+        can be told apart)
+expect: main_vae on MNIST, 50 epochs: 10 nearest neighbours are 96.2 % right on 32 latents and
+        33.5 % on the plane; a page of 3.4 MB for 5,000 images; 8 s on one core of an AMD EPYC
 """
+
 import base64
 import io
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
+import numpy as np
 import torch
+from scipy.optimize import minimize
+from scipy.special import log_softmax
 from torch.nn import functional as F
 
 import common
-import datasets
 
 source_kwargs = {
-    "weights_path": "",  # weights_epoch_{E}.pt of main_vae or main_ae; empty: the newest in a folder here
+    "weights_path": "",  # a weights file of main_vae or main_ae; empty: the newest in a folder here
     "output_dir": "",  # everything is written there; empty: beside the weights
-    "data_dir": "data",  # where the images lie that the encoder was trained on
+    "data_dir": "",  # where the encoder's images lie; empty: where they lay in training
 }
 plane_kwargs = {
-    "num_points": 5000,  # >= 1; test images on the page; the picture and the figures take them all
-    "cells": 32,  # >= 1; the page shows what the decoder draws at so many places to each side of the plane
-    "neighbours": 10,  # >= 1; of the nearest-neighbour classifier
-    "seed": 0,  # in [0, 4294967295]; of the images that the classifiers are judged on
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
+    "num_points": 5000,  # test images on the page; the picture and the table take them all
+    "cells": 32,  # the page shows what the decoder draws at so many places on each side
+    "neighbours": 10,  # of the nearest-neighbour classifier
+    "seed": 0,  # of the images that the classifiers are judged on
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
 }
-COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6", "#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
+COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"]
+COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 MARKERS = "os^DvPX*<p"  # colour alone never tells two classes apart
 MOST_BYTES = 5_000_000  # of the page
+PAGE = Path(__file__).parent / "pages" / "latent_space_vae.html"
+
+
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}."""
+    for key in ("num_points", "cells", "neighbours"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    seeds = "seed must be between 0 and 4294967295"
+    common.require(0 <= settings["seed"] < 2**32, seeds)
 
 
 def principal_axes(points):
-    """points (N, D) -> mean (D,), axes (2, D), shares (2,) of the variance, all float64: the plane of most variance.
+    """The plane of most variance: points (N, D) -> mean (D,), axes (2, D), shares (2,) of it.
 
-    Eigenvectors of the covariance, exact and not by a random solver; an axis and its opposite serve equally, so the
-    largest entry is made positive. The same points give the same picture every time.
+    The axes are eigenvectors of the covariance. An axis and its opposite serve equally well, so
+    the largest entry is made positive: the same points give the same picture every time.
     """
-    points = points.double()
-    mean = points.mean(0)
-    values, vectors = torch.linalg.eigh((points - mean).T @ (points - mean) / max(1, len(points) - 1))  # ascending
-    axes = vectors[:, -2:].T.flip(0)
-    axes = axes * axes.gather(1, axes.abs().argmax(1, keepdim=True)).sign()
-    return mean, axes, values[-2:].flip(0) / values.sum().clamp(min=1e-300)
+    values, vectors = torch.linalg.eigh(torch.cov(points.T))  # ascending
+    axes = vectors[:, -2:].T.flip(0)  # (2, D)
+    largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))  # (2, 1)
+    shares = values[-2:].flip(0) / values.sum().clamp(min=1e-300)
+    return points.mean(0), axes * largest.sign(), shares
 
 
 def neighbours_accuracy(train, train_labels, test, test_labels, k):
-    """Share of test (M, D) whose class most of the k nearest of train (N, D) have; a tie goes to the lower label."""
-    votes = torch.cat([train_labels[torch.cdist(part, train).topk(min(k, len(train)), largest=False).indices]
-                       for part in test.split(500)])
-    return (F.one_hot(votes).sum(1).argmax(1) == test_labels).double().mean().item()
+    """Share of test (M, D) whose class most of the k nearest of train (N, D) have.
+
+    A tie goes to the lower label.
+    """
+    distances = torch.cdist(test, train)  # (M, N)
+    nearest = distances.topk(min(k, len(train)), largest=False).indices  # (M, k)
+    votes = F.one_hot(train_labels[nearest]).sum(1)  # (M, classes)
+    return (votes.argmax(1) == test_labels).double().mean().item()
 
 
 def linear_accuracy(train, train_labels, test, test_labels):
-    """Share of test (M, D) that a multinomial logistic regression on train (N, D) puts into the right class.
+    """Share of test (M, D) that a logistic regression on train (N, D) puts into the right class.
 
-    It is convex, so L-BFGS from zero finds the same answer every time; a small penalty makes it the only one.
+    Its loss is the cross-entropy. That is convex, so every optimiser finds the same answer; the
+    small penalty makes it the only one.
     """
-    mean, scale = train.mean(0), train.std(0).clamp(min=1e-9)
-    train, test = (F.pad((part - mean) / scale, (0, 1), value=1) for part in (train, test))
-    weights = torch.zeros(train.shape[1], int(train_labels.max()) + 1, dtype=train.dtype, device=train.device,
-                          requires_grad=True)
-    optimizer = torch.optim.LBFGS([weights], max_iter=200, line_search_fn="strong_wolfe")
+    x = train.numpy()
+    targets = F.one_hot(train_labels).numpy()  # (N, classes)
+    shape = x.shape[1], targets.shape[1]
 
-    def loss():
-        optimizer.zero_grad()
-        value = F.cross_entropy(train @ weights, train_labels) + 1e-4 * weights.square().sum()
-        value.backward()
-        return value
+    def loss_and_gradient(flat):
+        weights = flat.reshape(shape)
+        log_p = log_softmax(x @ weights, axis=1)  # (N, classes)
+        loss = -(targets * log_p).sum() / len(x) + 1e-4 * (weights**2).sum()
+        gradient = x.T @ (np.exp(log_p) - targets) / len(x) + 2e-4 * weights
+        return loss, gradient.ravel()
 
-    optimizer.step(loss)
-    return ((test @ weights).argmax(1) == test_labels).double().mean().item()
+    start = np.zeros(shape).ravel()
+    found = minimize(loss_and_gradient, start, jac=True, method="L-BFGS-B")
+    logits = test.numpy() @ found.x.reshape(shape)  # (M, classes)
+    return (logits.argmax(1) == test_labels.numpy()).mean().item()
 
 
 def tell_classes_apart(points, labels, neighbours, seed):
-    """(nearest neighbours' accuracy, linear accuracy) of points (N, D), judged on a fifth of them."""
-    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed)).to(points.device)
-    judged, learnt = order[:len(order) // 5], order[len(order) // 5:]
-    parts = points[learnt].double(), labels[learnt], points[judged].double(), labels[judged]
-    return neighbours_accuracy(*parts, neighbours), linear_accuracy(*parts)
+    """(accuracy of the nearest neighbours, of the regression) on a fifth of points (N, D)."""
+    order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
+    judged, learnt = order.tensor_split([len(order) // 5])
+    near = neighbours_accuracy(
+        points[learnt], labels[learnt], points[judged], labels[judged], neighbours
+    )
+    scaled = (points - points.mean(0)) / points.std(0).clamp(min=1e-9)
+    scaled = F.pad(scaled, (0, 1), value=1)  # (N, D + 1): 1 is for the bias
+    linear = linear_accuracy(scaled[learnt], labels[learnt], scaled[judged], labels[judged])
+    return near, linear
 
 
-def save_scatter(plane, labels, class_names, axes, title, path):
-    """plane (N, 2), labels (N,): one colour and one mark a class; its name stands in its middle if there is room."""
-    from matplotlib import patheffects
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.6, 7), layout="constrained")
-    one = figure.subplots()
-    for start in range(20):  # every class a little at a time, so that none covers the others
-        for label in labels.unique().tolist():
-            style = dict(color=COLOURS[label % 10], marker=MARKERS[(label + label // 10) % 10], s=9, linewidths=0)
-            one.scatter(*plane[labels == label][start::20].T, label="" if start else class_names[label], **style)
-    size, taken = plane.amax(0) - plane.amin(0), []
-    middles = {label: plane[labels == label].median(0).values for label in labels.unique().tolist()}
-    for label in sorted(middles, key=lambda label: -(middles[label] - plane.mean(0)).norm()):  # the outermost first
-        if all(((middles[label] - other).abs() > size * torch.tensor([0.12, 0.04])).any() for other in taken):
-            one.annotate(class_names[label].split()[0], middles[label], ha="center", va="center", weight="bold",
-                         fontsize=12, path_effects=[patheffects.withStroke(linewidth=3, foreground="white")])
-            taken.append(middles[label])
-    one.set(xlabel=axes[0], ylabel=axes[1], aspect="equal")
-    one.set_title(title, fontsize=10)
-    one.legend(markerscale=2.5, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
-    figure.savefig(buffer := io.BytesIO(), dpi=110)
-    common.write(path, buffer.getvalue())
+def describe_space(name, points, share, labels, neighbours, seed):
+    """A row of the table: how well points (N, D) part the classes, if there are several."""
+    row = {"space": name, "share of the variance": round(share, 4)}
+    if len(labels.unique()) > 1:
+        near, linear = tell_classes_apart(points, labels, neighbours, seed)
+        row[f"{neighbours} nearest neighbours right"] = round(near, 4)
+        row["linear classifier right"] = round(linear, 4)
+    return row
 
 
-def sprites(images, columns, quality):
-    """images (N, C, H, W) in [0, 1] side by side in one picture, as a data URI; quality 0 is a PNG, else a JPEG."""
-    from PIL import Image
-
-    count, channels, height, width = images.shape
-    sheet = torch.zeros(-(-count // columns) * columns, channels, height, width)
-    sheet[:count] = images
-    sheet = sheet.unflatten(0, (-1, columns)).permute(0, 3, 1, 4, 2).reshape(-1, columns * width, channels)
-    pixels = (255 * sheet).round().byte().numpy()
-    kind, settings = ("PNG", {}) if not quality else ("JPEG", dict(quality=quality, subsampling=0))
-    Image.fromarray(pixels[:, :, 0] if channels == 1 else pixels).save(buffer := io.BytesIO(), kind, **settings)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+def look_of(label):
+    """Colour and number of the mark of a class. No two of the first 100 classes look alike."""
+    return COLOURS[label % 10], (label + label // 10) % 10
 
 
-def make_page(plane, labels, numbers, class_names, images, rebuilt, grid, low, high, **words):
-    """The page: points (N, 2) with labels and numbers (N,), two pictures (N, C, H, W) each; grid (cells^2, C, H, W).
+def save_scatter(places, labels, class_names, axis_names, title, path):
+    """places (N, 2), labels (N,): one colour and one mark a class, and its name in its middle."""
+    from matplotlib.patheffects import withStroke
 
-    The grid goes from low (2,) to high (2,), the bottom row first. words: title, facts and axes. Returns bytes.
+    figure = common.new_figure(8.6, 7)
+    axes = figure.add_subplot()
+    present = labels.unique().tolist()
+    for start in range(20):  # a little of every class at a time, so that none covers the others
+        for label in present:
+            x, y = places[labels == label][start::20].T
+            colour, shape = look_of(label)
+            name = "" if start else class_names[label]
+            axes.scatter(x, y, s=9, color=colour, marker=MARKERS[shape], linewidths=0, label=name)
+    outline = [withStroke(linewidth=3, foreground="white")]
+    for label in present[:20]:  # more would hide the marks
+        middle = places[labels == label].median(0).values  # (2,)
+        axes.annotate(class_names[label], middle, ha="center", weight="bold", path_effects=outline)
+    axes.set(xlabel=axis_names[0], ylabel=axis_names[1], aspect="equal")
+    axes.set_title(title, fontsize=10)
+    if len(present) > 1:
+        axes.legend(markerscale=2.5, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
+    common.write(path, figure)
+
+
+def data_uri(images, columns, quality):
+    """images (N, C, H, W) in [0, 1] as one picture: a JPEG of this quality, or for 0 a PNG."""
+    from torchvision.transforms.functional import to_pil_image
+    from torchvision.utils import make_grid
+
+    sheet = make_grid(images, nrow=columns, padding=0)
+    sheet = sheet[: images.shape[1]]  # make_grid gives grey images three equal channels
+    picture = to_pil_image((255 * sheet).round().byte())
+    buffer = io.BytesIO()
+    if quality:
+        picture.save(buffer, "JPEG", quality=quality, subsampling=0)
+    else:
+        picture.save(buffer, "PNG")
+    kind = "jpeg" if quality else "png"
+    return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def pack(values):
+    """Whole numbers below 65536 as text, two bytes each."""
+    return base64.b64encode(values.numpy().astype("<u2").tobytes()).decode()
+
+
+def describe_points(places, labels, numbers, class_names, low, high):
+    """What the page knows of its points: places (N, 2) between low and high (2,), labels (N,).
+
+    numbers (N,) are theirs among the test images.
     """
-    def pack(values):
-        return base64.b64encode(values.numpy().astype("<u2").tobytes()).decode()
+    at = (places - low) / (high - low)  # (N, 2) in [0, 1]
+    x, y = (65535 * at).round().long().T
+    looks = [look_of(label) for label in range(len(class_names))]
+    return {
+        "x": pack(x),
+        "y": pack(y),
+        "labels": pack(labels),
+        "numbers": numbers.tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+        "classes": class_names,
+        "colours": [colour for colour, _ in looks],
+        "shapes": [shape for _, shape in looks],
+    }
 
-    columns, (x, y) = math.isqrt(len(plane) - 1) + 1, ((plane - low) / (high - low) * 65535).round().long().T
-    data = dict(words, x=pack(x), y=pack(y), labels=pack(labels), numbers=numbers.tolist(), low=low.tolist(),
-                high=high.tolist(), classes=class_names, colours=[COLOURS[i % 10] for i in range(len(class_names))],
-                shapes=[(i + i // 10) % 10 for i in range(len(class_names))], side=images.shape[-1], columns=columns,
-                cells=math.isqrt(len(grid)))
-    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
-    for quality in [0] * (images.shape[1] == 1) + [85, 70, 50, 30, 15]:  # exact pixels if they fit
-        data.update(images=sprites(images, columns, quality), rebuilt=sprites(rebuilt, columns, quality),
-                    grid=sprites(grid, data["cells"], quality))
-        text = json.dumps(data).replace("<", "\\u003c")  # so that no class name can end the script element
-        if len(page := template.replace("@DATA@", text).encode()) < MOST_BYTES:
+
+def make_page(data, images, rebuilt, grid):
+    """The page as bytes: `data`, two pictures (N, C, H, W) for each point, and those of the grid.
+
+    Pictures that would make it too large are packed tighter.
+    """
+    columns, cells = math.isqrt(len(images) - 1) + 1, math.isqrt(len(grid))
+    data = {**data, "side": images.shape[-1], "columns": columns, "cells": cells}
+    template = PAGE.read_text(encoding="utf-8")
+    for quality in (0, 85, 70, 50, 30, 15):  # 0 is exact
+        data["images"] = data_uri(images, columns, quality)
+        data["rebuilt"] = data_uri(rebuilt, columns, quality)
+        data["grid"] = data_uri(grid, cells, quality)
+        text = json.dumps(data).replace("<", "\\u003c")  # no class name can end the script element
+        page = template.replace("@DATA@", text).encode()
+        if len(page) < MOST_BYTES:
             break
     return page
 
 
-def main(source_kwargs, plane_kwargs):
-    """Write picture, page and table; returns {where: (nearest neighbours' accuracy, linear accuracy)}."""
-    common.check(__file__, {**source_kwargs, **plane_kwargs})
-    o = SimpleNamespace(**source_kwargs, **plane_kwargs)
-    device = common.choose_device(o.device)
-    path, weights, load = common.open_weights(o.weights_path, "load_model")
-    encoder, decoder = (network.to(device) for network in load(path))
-    test = datasets.load_again(weights, o.data_dir, device)[1]
-    latents, low, folder = weights["model_kwargs"]["latent_dim"], -1 if test.normalize else 0, o.output_dir
-    if latents < 2 or len(test) < 10:
-        raise common.BadInput(f"{path}: {latents} latents, {len(test)} test images; a plane takes 2, and 10 to fill it")
+@torch.inference_mode()
+def encode(encoder, test):
+    """mu (N, D) of all test images, float64. A sample of q(z|x) would only add noise to it."""
+    means = []
+    for index in torch.arange(len(test), device=test.device).split(500):
+        images, _ = test.batch(index)
+        mu, _ = encoder(images)
+        means.append(mu.double().cpu())
+    return torch.cat(means)
 
-    def batches():
-        for index in torch.arange(len(test), device=device).split(500):
-            yield test.batch(index)[0]
 
-    def draw(z):  # (N, latents) -> (N, C, H, W) in [0, 1]
-        images = torch.cat([decoder.sample(part.to(device)) for part in z.float().split(500)])
-        return (images.cpu().view(-1, *test.pixels.shape[1:]) - low) / (1 - low)
+@torch.inference_mode()
+def decode(decoder, z, test):
+    """z (N, D) -> images (N, C, H, W) in [0, 1], of the size of the test images."""
+    drawn = [decoder.sample(part.float().to(test.device)).cpu() for part in z.split(500)]
+    images = torch.cat(drawn).view(-1, *test.pixels.shape[1:])
+    return images / 2 + 0.5 if test.normalize else images
 
-    with torch.inference_mode():
-        codes, labels = torch.cat([encoder(x)[0] for x in batches()]).cpu(), test.labels.cpu()  # mu, not a sample
-        mean, axes, shares = principal_axes(codes)
-        plane = (codes - mean) @ axes.T  # (N, 2), float64
-        width = (plane.amax(0) - plane.amin(0)).clamp(min=1e-6)
-        edges = plane.amin(0) - 0.03 * width, plane.amax(0) + 0.03 * width
-        middles = (torch.arange(o.cells) + 0.5) / o.cells  # of the cells, from left to right in the bottom row first
-        grid = draw(mean + (edges[0] + torch.cartesian_prod(middles, middles).flip(1) * 1.06 * width) @ axes)
-        some = torch.linspace(0, len(test) - 1, min(o.num_points, len(test))).round().long()
-        rebuilt = draw(codes[some])
 
-    results, names = {}, test.class_names
-    for where, points in ((f"{latents} latents", codes), ("plane", plane)) if len(labels.unique()) > 1 else ():
-        results[where] = tell_classes_apart(points, labels, o.neighbours, o.seed)
-    title = f"{len(test):,} test images: {weights['script']} on {weights['data']}, epoch {weights['epoch']}"
-    facts = "\n".join(f"{where}: {o.neighbours} nearest neighbours {near:.1%} right, linear {linear:.1%}"
-                      for where, (near, linear) in results.items())
-    words = [f"{which} principal component ({share:.1%} of the variance)"
-             for which, share in zip(("first", "second"), shares)]
-    folder = Path(folder or Path(path).parent)
-    save_scatter(plane, labels, names, words, f"{title}\n{facts}", folder / "latents_space_2d.png")
-    images = test.pixels.cpu()[some] / 255
-    page = make_page(plane[some], labels[some], some, names, images, rebuilt, grid, *edges, title=title, axes=words,
-                     facts=f"{len(some):,} of them on this page\n{facts}")
+def middles(low, high, cells):
+    """Middles of cells x cells fields from low to high (2,), left to right, bottom row first."""
+    at = (torch.arange(cells) + 0.5) / cells
+    return low + torch.cartesian_prod(at, at).flip(1) * (high - low)  # (cells^2, 2)
+
+
+def survey(weights_path, output_dir, data_dir, *, num_points, cells, neighbours, seed, device):
+    """Write table, picture and page; returns the table, a list of rows {column: value}."""
+    device = common.choose_device(device)
+    path = weights_path or common.newest_weights("encoder")
+    folder = Path(output_dir or Path(path).parent)
+    weights = common.load_weights(path, None, "encoder")
+    encoder, decoder = common.script_of(weights).load_model(path)
+    _, test = common.load_again(weights, data_dir, device)
+    codes = encode(encoder.to(device), test)  # (N, D)
+    count, latent_dim = codes.shape
+    few = f"{path}: {latent_dim} latents, {count} test images; a plane takes 2, and 10 to fill it"
+    common.require(latent_dim >= 2 and count >= 10, few)
+
+    labels, class_names = test.labels.cpu(), test.class_names
+    mean, axes, shares = principal_axes(codes)
+    places = (codes - mean) @ axes.T  # (N, 2)
+    table = [
+        describe_space(f"{latent_dim} latents", codes, 1.0, labels, neighbours, seed),
+        describe_space("plane", places, shares.sum().item(), labels, neighbours, seed),
+    ]
+    common.write(folder / "latents_space_2d.csv", table)
+    title = f"{weights['script']} on {weights['data']['name']}: {Path(path).name}"
+    facts = "\n".join(in_words(row) for row in table)
+    of_all = [f"principal component ({share:.1%} of the variance)" for share in shares]
+    axis_names = [f"first {of_all[0]}", f"second {of_all[1]}"]
+    picture = folder / "latents_space_2d.png"
+    save_scatter(places, labels, class_names, axis_names, f"{title}\n{facts}", picture)
+
+    some = torch.linspace(0, count - 1, min(num_points, count)).round().long()
+    margin = 0.03 * (places.amax(0) - places.amin(0)).clamp(min=1e-6)
+    low, high = places.amin(0) - margin, places.amax(0) + margin
+    data = describe_points(places[some], labels[some], some, class_names, low, high)
+    data = {**data, "title": title, "facts": facts, "axes": axis_names}
+    z = torch.cat([codes[some], mean + middles(low, high, cells) @ axes])
+    rebuilt, grid = decode(decoder.to(device), z, test).split([len(some), cells**2])
+    page = make_page(data, test.pixels.cpu()[some] / 255, rebuilt, grid)
     common.write(folder / "latents_space_2d.html", page)
-    lines = ["where,share of the variance,nearest neighbours' accuracy,linear accuracy"]
-    lines += [f"{where},{share:.4f},{near:.4f},{linear:.4f}"
-              for (where, (near, linear)), share in zip(results.items(), (1, shares.sum().item()))]
-    common.write(folder / "latents_space_2d.csv", "\n".join([*lines, ""]).encode())
-    print(f"{path}: {title}", *lines, f"{folder}/latents_space_2d.html: {len(page) / 1e6:.2f} MB", sep="\n")
-    return results
+    print(f"{path}: {title}\n{facts}\n{folder}/latents_space_2d.html: {len(page) / 1e6:.2f} MB")
+    return table
+
+
+def in_words(row):
+    """Such as: space: plane; share of the variance: 0.21."""
+    return "; ".join(f"{column}: {value}" for column, value in row.items())
+
+
+def main(source_kwargs, plane_kwargs):
+    """Survey with the given settings; returns the table."""
+    check_settings(plane_kwargs)
+    return survey(**source_kwargs, **plane_kwargs)
 
 
 if __name__ == "__main__":
-    common.run(main, source_kwargs, plane_kwargs)
+    common.run_script(main, source_kwargs, plane_kwargs)

@@ -1,128 +1,296 @@
-"""A convolutional autoencoder, VAE or beta-VAE on CIFAR-10; also on MNIST or your own images, at multiples of 8 pixels.
+"""A convolutional autoencoder, VAE or beta-VAE on CIFAR-10; also on grey images such as MNIST.
 
 paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
-        Burgess et al. 2018, Understanding disentangling in beta-VAE, https://arxiv.org/abs/1804.03599
-run:    python main_ae.py                           (any key below is an option: --model_type ae --latent_dim 128)
-        python main_ae.py --experiment latent_sizes (or betas, or schedule: several settings, compared)
-        python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2 --output_dir mnist_AE
-writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
-        latent_space_epoch_{E}.png (if latent_dim is 2), history.csv, weights_epoch_{E}.pt (for sampling),
-        checkpoint.pt (the same command continues from it); an experiment: such a folder per setting, .png, .csv
-expect: test squared error per image, 20 epochs of CIFAR-10: AE with 16, 128, 1024 latents 199.6, 53.9, 24.1; VAE with
-        1024 133.3, KL 59.2; beta 0.8 122.5, KL 69.7; linear 117.2, KL 72.4; bfloat16, --num_threads 1, seed 0: about
-        40 min each on an AMD EPYC core, torch 2.15
+        Burgess et al. 2018, Understanding disentangling in beta-VAE,
+        https://arxiv.org/abs/1804.03599
+run:    python main_ae.py                   (any key below is an option: --model_type ae)
+        python main_ae.py --experiment latent_sizes      (several settings, compared)
+        python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
+writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png,
+        train_loss_curve_{E}.png, latent_space_epoch_{E}.png (if latent_dim is 2), history.csv,
+        checkpoint.pt (the same command continues from it),
+        weights_epoch_{E}.pt (for sampling);
+        an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
+expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per test image: AE with 16, 128 and
+        1024 latents 199.6, 53.9 and 24.1; VAE with 1024 latents 133.3, KL 59.2; with beta 0.8
+        122.5, KL 69.7; with the linear schedule 117.2, KL 72.4; about 40 min each on one core
+        of an AMD EPYC
 """
+
 import copy
-import io
+import ctypes
+import sys
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
-import datasets
 import training
 
 model_kwargs = {
-    "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with another beta
-    "latent_dim": 1024,  # >= 1; entries of the latent vector z
-    "feature_maps": 32,  # >= 1; channels of the first convolution; they double with every halving of the side
-    "image_channels": 3,  # 1 | 3; grey or colour, which also decides the loss; mnist is grey whatever stands here
+    "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with a beta
+    "latent_dim": 1024,  # entries of the latent vector z
+    "feature_maps": 32,  # channels of the first convolution; they double where the side halves
+    "image_channels": 3,  # 3 colour, 1 grey, with other networks and another loss; MNIST is grey
 }
 dataset_kwargs = {
-    "dataset_type": "cifar10",  # mnist | cifar10 | sprites | folder | digits; digits is the bundled sample of MNIST
-    "batch_size": 256,  # >= 1; images a step
+    "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
+    "batch_size": 256,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, where the data cannot be had
-    "image_size": 32,  # >= 8; pixels a side, a multiple of 8: MNIST's 28 are padded to 32
+    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
+    "image_size": 32,  # pixels a side, a multiple of 8: MNIST's 28 are padded to 32
 }
 trainer_kwargs = {
-    "num_epochs": 20,  # >= 0; may grow later: the run continues; 0 only checks settings and data
-    "lr": 0.001,  # > 0; Adam's learning rate
-    "beta": 1.0,  # >= 0; weight of the KL: 1 is the VAE, 0 an autoencoder with noise
-    "beta_schedule": "constant",  # constant | linear; linear: 0 in epoch 1, beta / beta_epochs more in each, up to beta
-    "beta_epochs": 20,  # >= 1; of the linear schedule: beta itself is reached in the epoch after these
-    "ema_decay": 0.99,  # in [0, 1); test, pictures, weights are of networks averaged over 100 steps; 0: of the last
-    "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
-    "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; trains several settings to compare
+    "num_epochs": 20,  # may grow later: the run continues; 0 only checks settings and data
+    "lr": 0.001,  # Adam's learning rate
+    "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
+    "beta_schedule": "constant",  # constant | linear; linear: 0 in epoch 1, then up to beta
+    "beta_epochs": 20,  # of the linear schedule: the epoch after these is the first with full beta
+    "ema_decay": 0.99,  # tests, pictures and weights are of averages over 100 steps; 0: no average
+    "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there
-    "sample_every": 5,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
-    "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
-    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
-EXPERIMENTS = dict(  # the settings of each; everything else is as the dicts or the command line say
-    latent_sizes=[{"model_type": "ae", "latent_dim": size} for size in (16, 128, 1024)],
-    betas=[{"model_type": "vae", "beta": beta} for beta in (0.8, 1.0, 1.2)],
-    schedule=[{"model_type": "vae", "beta_schedule": schedule} for schedule in ("constant", "linear")],
-    model_types=[{"model_type": "ae"}, {"model_type": "vae", "beta": 1.0}, {"model_type": "vae", "beta": 4.0}],
-)
+run_kwargs = {
+    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
+    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
+    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "sample_every": 5,  # epochs between pictures; also after the first epoch and the last
+}
+experiment_kwargs = {
+    "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; compares settings
+}
+# the settings of each experiment; everything else is as in the dicts or on
+# the command line
+EXPERIMENTS = {
+    "latent_sizes": [
+        {"model_type": "ae", "latent_dim": 16},
+        {"model_type": "ae", "latent_dim": 128},
+        {"model_type": "ae", "latent_dim": 1024},
+    ],
+    "betas": [
+        {"model_type": "vae", "beta": 0.8},
+        {"model_type": "vae", "beta": 1.0},
+        {"model_type": "vae", "beta": 1.2},
+    ],
+    "schedule": [
+        {"model_type": "vae", "beta_schedule": "constant"},
+        {"model_type": "vae", "beta_schedule": "linear"},
+    ],
+    "model_types": [
+        {"model_type": "ae"},
+        {"model_type": "vae", "beta": 1.0},
+        {"model_type": "vae", "beta": 4.0},
+    ],
+}
 
 
-class Encoder(nn.Module):
-    """Images (N, C, H, W) -> mu and logvar, both (N, latent_dim) float32; logvar is None in a plain autoencoder."""
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    def __init__(self, model_type, latent_dim, feature_maps, image_channels, image_size):
+    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    """
+    legal_values = {
+        "model_type": ("ae", "vae"),
+        "image_channels": (1, 3),
+        "beta_schedule": ("constant", "linear"),
+        "precision": ("auto", "float32", "tf32", "bfloat16"),
+        "experiment": ("none", *EXPERIMENTS),
+    }
+    for key, legal in legal_values.items():
+        listed = ", ".join(str(value) for value in legal)
+        common.require(settings[key] in legal, f"{key} must be one of {listed}")
+    for key in ("latent_dim", "feature_maps", "beta_epochs"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    for key in ("num_epochs", "beta"):
+        common.require(settings[key] >= 0, f"{key} must be at least 0")
+    common.require(settings["lr"] > 0, "lr must be above 0")
+    common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
+    size = settings["image_size"]
+    halved = "image_size must be a multiple of 8, such as 32: the encoder halves it three times"
+    common.require(size >= 8 and size % 8 == 0, halved)
+
+
+class ColourEncoder(nn.Module):
+    """Images (N, 3, H, W) -> mu and logvar, both (N, latent_dim).
+
+    In a plain autoencoder logvar is None. Shapes are for 32 pixels and 32
+    feature maps.
+    """
+
+    def __init__(self, model_type, latent_dim, feature_maps, image_size):
         super().__init__()
-        # the networks for grey and for colour come from two sources, which differ in the kernel and the activation
-        kernel, activation = (4, nn.LeakyReLU(0.01)) if image_channels == 1 else (3, nn.ReLU())
-        channels = [feature_maps * 2**i for i in range(4)]  # 32, 64, 128, 256
-        layers = [nn.Conv2d(image_channels, channels[0], kernel_size=3, stride=1, padding=1)]
-        for before, after in zip(channels, channels[1:]):
-            layers += [activation, nn.Conv2d(before, after, kernel_size=kernel, stride=2, padding=1)]
-        self.model = nn.Sequential(*layers, *([activation] if image_channels == 1 else []), nn.Flatten())
-        features = channels[-1] * (image_size // 8) ** 2
+        width = feature_maps
+        self.model = nn.Sequential(
+            nn.Conv2d(3, width, kernel_size=3, stride=1, padding=1),  # (N, 32, 32, 32)
+            nn.ReLU(),
+            nn.Conv2d(width, 2 * width, kernel_size=3, stride=2, padding=1),  # (N, 64, 16, 16)
+            nn.ReLU(),
+            nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1),  # (N, 128, 8, 8)
+            nn.ReLU(),
+            nn.Conv2d(4 * width, 8 * width, kernel_size=3, stride=2, padding=1),  # (N, 256, 4, 4)
+            nn.Flatten(),  # (N, 4096)
+        )
+        features = 8 * width * (image_size // 8) ** 2
         self.fc_mean = nn.Linear(features, latent_dim)
-        self.fc_logvar = nn.Linear(features, latent_dim) if model_type == "vae" else None
+        self.fc_logvar = None
+        if model_type == "vae":
+            self.fc_logvar = nn.Linear(features, latent_dim)
 
     def forward(self, x):
-        # at 32 pixels: (N, 3, 32, 32) -> (N, 32, 32, 32) -> (N, 64, 16, 16) -> (N, 128, 8, 8) -> (N, 256, 4, 4)
-        features = self.model(x)  # (N, 4096)
+        features = self.model(x)
         mu = self.fc_mean(features).float()
-        return mu, self.fc_logvar(features).float() if self.fc_logvar else None
+        if self.fc_logvar is None:
+            return mu, None
+        logvar = self.fc_logvar(features).float()
+        return mu, logvar
 
 
-class Decoder(nn.Module):
-    """z (N, latent_dim) -> (N, C, H, W): the image itself in colour, logits of the pixels in grey."""
+class ColourDecoder(nn.Module):
+    """z (N, latent_dim) -> images (N, 3, H, W). Shapes are for 32 pixels and 32 feature maps."""
 
-    def __init__(self, latent_dim, feature_maps, image_channels, image_size, model_type=None):
+    def __init__(self, latent_dim, feature_maps, image_size):
         super().__init__()
-        activation = nn.LeakyReLU(0.01) if image_channels == 1 else nn.ReLU()
-        first = feature_maps * (8 if image_channels == 1 else 4)
-        channels = [first, 4 * feature_maps, 2 * feature_maps, feature_maps]  # 128, 128, 64, 32 in colour
-        side = image_size // 8
-        self.input_layer = nn.Linear(latent_dim, first * side * side)
-        layers = [nn.Unflatten(1, (first, side, side)), *([] if image_channels == 1 else [activation])]
-        for before, after in zip(channels, channels[1:]):
-            layers += [nn.ConvTranspose2d(before, after, kernel_size=4, stride=2, padding=1), activation]
-        self.model = nn.Sequential(*layers)
-        self.last_layer = nn.Conv2d(feature_maps, image_channels, kernel_size=3, stride=1, padding=1)
+        width, side = feature_maps, image_size // 8
+        self.model = nn.Sequential(
+            nn.Linear(latent_dim, 4 * width * side * side),  # (N, 2048)
+            nn.Unflatten(1, (4 * width, side, side)),  # (N, 128, 4, 4)
+            nn.ReLU(),
+            nn.ConvTranspose2d(4 * width, 4 * width, kernel_size=4, stride=2, padding=1),
+            nn.ReLU(),  # (N, 128, 8, 8)
+            nn.ConvTranspose2d(4 * width, 2 * width, kernel_size=4, stride=2, padding=1),
+            nn.ReLU(),  # (N, 64, 16, 16)
+            nn.ConvTranspose2d(2 * width, width, kernel_size=4, stride=2, padding=1),
+            nn.ReLU(),  # (N, 32, 32, 32)
+            nn.Conv2d(width, 3, kernel_size=3, stride=1, padding=1),  # (N, 3, 32, 32)
+        )
 
     def forward(self, z):
-        # at 32 pixels: (N, 2048) -> (N, 128, 4, 4) -> (N, 128, 8, 8) -> (N, 64, 16, 16) -> (N, 32, 32, 32)
-        return self.last_layer(self.model(self.input_layer(z))).float()  # (N, 3, 32, 32)
+        return self.model(z).float()
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> images: colour (N, 3, H, W) in [-1, 1], grey (N, 1, H, W) in [0, 1]."""
-        output = self(z)
-        return output.sigmoid() if output.shape[1] == 1 else output.clamp(-1, 1)
+        """z (N, latent_dim) -> images (N, 3, H, W) in [-1, 1]."""
+        return self(z).clamp(-1, 1)
+
+
+class GreyEncoder(nn.Module):
+    """Images (N, 1, H, W) -> mu and logvar, both (N, latent_dim).
+
+    The networks for grey come from another source than those for colour: they
+    differ in kernels and activation. In a plain autoencoder logvar is None.
+    """
+
+    def __init__(self, model_type, latent_dim, feature_maps, image_size):
+        super().__init__()
+        width = feature_maps
+        self.model = nn.Sequential(
+            nn.Conv2d(1, width, kernel_size=3, stride=1, padding=1),  # (N, 32, 32, 32)
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(width, 2 * width, kernel_size=4, stride=2, padding=1),  # (N, 64, 16, 16)
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(2 * width, 4 * width, kernel_size=4, stride=2, padding=1),  # (N, 128, 8, 8)
+            nn.LeakyReLU(0.01),
+            nn.Conv2d(4 * width, 8 * width, kernel_size=4, stride=2, padding=1),  # (N, 256, 4, 4)
+            nn.LeakyReLU(0.01),
+            nn.Flatten(),  # (N, 4096)
+        )
+        features = 8 * width * (image_size // 8) ** 2
+        self.fc_mean = nn.Linear(features, latent_dim)
+        self.fc_logvar = None
+        if model_type == "vae":
+            self.fc_logvar = nn.Linear(features, latent_dim)
+
+    def forward(self, x):
+        features = self.model(x)
+        mu = self.fc_mean(features).float()
+        if self.fc_logvar is None:
+            return mu, None
+        logvar = self.fc_logvar(features).float()
+        return mu, logvar
+
+
+class GreyDecoder(nn.Module):
+    """z (N, latent_dim) -> logits (N, 1, H, W): their sigmoid is the probability of ink."""
+
+    def __init__(self, latent_dim, feature_maps, image_size):
+        super().__init__()
+        width, side = feature_maps, image_size // 8
+        self.model = nn.Sequential(
+            nn.Linear(latent_dim, 8 * width * side * side),  # (N, 4096)
+            nn.Unflatten(1, (8 * width, side, side)),  # (N, 256, 4, 4)
+            nn.ConvTranspose2d(8 * width, 4 * width, kernel_size=4, stride=2, padding=1),
+            nn.LeakyReLU(0.01),  # (N, 128, 8, 8)
+            nn.ConvTranspose2d(4 * width, 2 * width, kernel_size=4, stride=2, padding=1),
+            nn.LeakyReLU(0.01),  # (N, 64, 16, 16)
+            nn.ConvTranspose2d(2 * width, width, kernel_size=4, stride=2, padding=1),
+            nn.LeakyReLU(0.01),  # (N, 32, 32, 32)
+            nn.Conv2d(width, 1, kernel_size=3, stride=1, padding=1),  # (N, 1, 32, 32)
+        )
+
+    def forward(self, z):
+        return self.model(z).float()
+
+    @torch.no_grad()
+    def sample(self, z):
+        """z (N, latent_dim) -> images (N, 1, H, W) in [0, 1]."""
+        return self(z).sigmoid()
+
+
+def make_networks(model_type, latent_dim, feature_maps, image_channels, image_size, device):
+    """(encoder, decoder) for colour or for grey images."""
+    if image_channels == 3:
+        encoder = ColourEncoder(model_type, latent_dim, feature_maps, image_size)
+        decoder = ColourDecoder(latent_dim, feature_maps, image_size)
+    else:
+        encoder = GreyEncoder(model_type, latent_dim, feature_maps, image_size)
+        decoder = GreyDecoder(latent_dim, feature_maps, image_size)
+    # Channels last: the channels of a pixel lie side by side in memory, which
+    # makes a step on a CPU 1.3 times as fast.
+    encoder.to(device, memory_format=torch.channels_last)
+    decoder.to(device, memory_format=torch.channels_last)
+    return encoder, decoder
+
+
+def keep_freed_memory():
+    """On Linux, use the memory of freed tensors again, instead of giving it back to the system.
+
+    By itself glibc gives back what the large tensors of a step have used, and
+    the system then has to hand out and zero 80,000 pages in each step. This
+    call makes the step 15 % faster: 1.13 s instead of 1.33 s (float32, one
+    core of an AMD EPYC, torch 2.14).
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):  # musl has none
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
 
 def reparameterize(mu, logvar):
-    """z = mu + sigma noise, noise ~ N(0, I): a sample through which gradients reach both; without logvar z is mu."""
-    return mu if logvar is None else mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+    """z = mu + sigma noise with noise ~ N(0, I), all (N, latent_dim).
+
+    This is a sample of N(mu, sigma^2) through which gradients reach mu and
+    sigma.
+    """
+    sigma = (0.5 * logvar).exp()
+    return mu + sigma * torch.randn_like(mu)
 
 
 def reconstruction_loss(output, x):
-    """Error of the decoder's output for images x, both (N, C, H, W): summed over pixels, mean over the batch.
+    """Error of the decoder's output for images x, both (N, C, H, W).
 
-    Colour, x in [-1, 1]: squared error, which is -log N(x; output, 1/2 I) up to a constant. Grey, x in [0, 1]: the
-    cross-entropy -log p(x) of one coin a pixel, in nats, from logits. A sum, because log p of an image is the sum over
-    its pixels, as the KL is one over latents: with a mean over pixels beta would be 3072 times what it says.
+    It is summed over the pixels, mean over the batch. Colour, in [-1, 1]: the
+    squared error, which is -log N(x; output, 1/2 I) up to a constant. Grey,
+    in [0, 1]: the cross-entropy -log p(x|z) in nats, where each pixel is a
+    coin and the output its logit. It is a sum because log p of an image is
+    the sum over its pixels, as the KL is one over latents: with a mean over
+    pixels beta would be 3072 times what it says.
     """
     if x.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(output, x, reduction="sum") / len(x)
@@ -130,188 +298,355 @@ def reconstruction_loss(output, x):
 
 
 def kl_divergence(mu, logvar):
-    """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum(mu^2 + sigma^2 - log sigma^2 - 1), in nats, mean over the batch.
+    """KL(N(mu, sigma^2) || N(0, I)) in nats. mu, logvar: (N, latent_dim).
 
-    Kingma and Welling, appendix B; summed over latents; both (N, latent_dim). 0 for an autoencoder (logvar None).
+    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed over the latents,
+    mean over the batch (Kingma and Welling, appendix B).
     """
-    if logvar is None:
-        return torch.zeros((), device=mu.device)
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum() / len(mu)
 
 
 class Trainer:
-    """Encoder and decoder, trained and averaged, the optimiser, and the training loop."""
+    """Encoder and decoder, their averages, the optimiser, and the training loop.
 
-    def __init__(self, run, train, test, lr, beta, beta_schedule, beta_epochs, ema_decay, precision):
+    train, test: common.Images.
+    """
+
+    def __init__(
+        self,
+        run,
+        train,
+        test,
+        *,
+        model_type,
+        latent_dim,
+        feature_maps,
+        image_channels,
+        num_epochs,
+        lr,
+        beta,
+        beta_schedule,
+        beta_epochs,
+        ema_decay,
+        precision,
+        output_dir,
+    ):
         self.run, self.train, self.test = run, train, test
-        self.bfloat16 = common.set_precision(precision, run.device)  # weights and losses are float32 all the same
-        self.target_beta, self.beta_epochs = beta, beta_epochs if beta_schedule == "linear" else 0
-        self.ema_decay = ema_decay
-        # channels last: the pixels' channels lie side by side in memory, which makes a step on a CPU 1.3 times as fast
-        place = dict(device=run.device, memory_format=torch.channels_last)
-        self.encoder, self.decoder = (part(**run.model_kwargs).to(**place) for part in (Encoder, Decoder))
-        self.ema_encoder, self.ema_decoder = copy.deepcopy((self.encoder, self.decoder))
+        self.model_type, self.latent_dim = model_type, latent_dim
+        self.num_epochs, self.folder = num_epochs, Path(output_dir)
+        self.target_beta, self.ema_decay = beta, ema_decay
+        self.beta_schedule, self.beta_epochs = beta_schedule, beta_epochs
+        device, side = train.device, train.pixels.shape[2]
+        # only the networks compute in bfloat16; their weights and the losses
+        # are float32
+        self.bfloat16 = common.use_bfloat16(precision, device)
+        networks = make_networks(model_type, latent_dim, feature_maps, image_channels, side, device)
+        self.encoder, self.decoder = networks
+        self.ema_encoder, self.ema_decoder = copy.deepcopy(networks)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        self.averaged = [*zip([*self.ema_encoder.parameters(), *self.ema_decoder.parameters()], self.parameters)]
-        self.optimizer = torch.optim.Adam(self.parameters, lr=lr, fused=True)  # fused: one call for all tensors
-        self.beta = torch.zeros((), device=run.device)  # on the device, so that it can change in a captured step
-        # every picture is drawn from these latents and these test images
-        self.fixed_z = torch.randn(49, run.model_kwargs["latent_dim"]).to(run.device)
-        self.fixed_images = test.batch(torch.linspace(0, len(test) - 1, 36, device=run.device).long())[0]
+        # These are tensors on the device, which `fit` may change with fill_.
+        # A CUDA graph would freeze a Python number at its first value.
+        # `fused` updates all tensors in one call.
+        self.lr = torch.tensor(lr, device=device)
+        self.beta = torch.tensor(0.0, device=device)
+        self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
+        # all samples are drawn from the same latent vectors, so that epochs
+        # can be compared
+        self.fixed_z = torch.randn(49, latent_dim).to(device)
 
     def losses(self, encoder, decoder, x):
-        """Images (N, C, H, W) -> loss, reconstruction and KL: mean over the batch; z is sampled, also in validation."""
+        """Images x (N, C, H, W) -> loss, reconstruction and KL per image.
+
+        z is sampled in validation too, so that train and test losses can be
+        compared.
+        """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)
-            output = decoder(reparameterize(mu, logvar))
-        reconstruction, kl = reconstruction_loss(output, x), kl_divergence(mu, logvar)
+            z = mu if logvar is None else reparameterize(mu, logvar)
+            output = decoder(z)
+        reconstruction = reconstruction_loss(output, x)
+        if logvar is None:  # a plain autoencoder
+            return reconstruction, reconstruction, torch.zeros_like(reconstruction)
+        kl = kl_divergence(mu, logvar)
         return reconstruction + self.beta * kl, reconstruction, kl
 
     def step(self, x):
-        """One step of Adam on images x (N, C, H, W); returns scalars, still on the device."""
+        """One step of Adam, and one of the averages. x (N, C, H, W); returns scalars.
+
+        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
+        counter, an .item() or another Python number would be frozen at its
+        first value. Change tensors instead. The scalars become columns of the
+        history, as means over the epoch's images: for another one, add it to
+        the dict that is returned.
+        """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
         loss.backward()
-        training.average_gradients(self.optimizer)
-        nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)  # a sum over pixels has gradients of length 400 to 500
+        # with torchrun: the mean over all processes; alone it does nothing
+        training.all_reduce_gradients(self.optimizer)
+        # since the loss is a sum over pixels, the gradient has a length of
+        # 400 to 500
+        nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
-        self.average()
+        self.update_ema()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
 
     @torch.no_grad()
-    def average(self):
+    def update_ema(self):
         """ema = decay ema + (1 - decay) now, for every weight: the noise of single steps cancels.
 
-        The decay grows from 0.18 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
+        The decay of step t is (1 + t) / (10 + t), at most ema_decay, so that
+        the first weights are soon forgotten.
         """
-        t = self.optimizer.state[self.parameters[0]]["step"]  # Adam counts the steps, on the device
-        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
-        for ema, now in self.averaged:
+        t = self.optimizer.state[self.parameters[0]]["step"]  # Adam counts on the device
+        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
+        averages = [*self.ema_encoder.parameters(), *self.ema_decoder.parameters()]
+        for ema, now in zip(averages, self.parameters):
             ema.lerp_(now, weight)
 
     @torch.no_grad()
     def evaluate(self):
-        """Loss, reconstruction and KL of the averaged networks on the test split, by the formulas of training."""
-        networks = self.ema_encoder, self.ema_decoder
-        index = torch.arange(len(self.test), device=self.run.device).split(self.test.batch_size)
-        sums = [torch.stack(self.losses(*networks, self.test.batch(part)[0])) * len(part) for part in index]
-        return dict(zip(["test_loss", "test_reconstruction", "test_KL"], (sum(sums) / len(self.test)).tolist()))
+        """The losses of training, of the averaged networks on the test images."""
+        total = torch.zeros(3, device=self.test.device)
+        for x in batches_of(self.test):
+            losses = self.losses(self.ema_encoder, self.ema_decoder, x)
+            total += torch.stack(losses) * len(x)
+        loss, reconstruction, kl = (total / len(self.test)).tolist()
+        return {"test loss": loss, "test reconstruction": reconstruction, "test KL": kl}
+
+    def beta_of(self, epoch):
+        """The weight of the KL in an epoch (from 1), by the schedule.
+
+        The source of the linear schedule counts epochs from 0: there it is 0
+        in epoch 0, and 0.95 beta in epoch 19 of 20.
+        """
+        if self.beta_schedule == "constant":
+            return self.target_beta
+        return self.target_beta * min(1, (epoch - 1) / self.beta_epochs)
 
     def fit(self):
-        """Train to num_epochs, continuing from a checkpoint if there is one."""
+        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
         run = self.run
-        state = {"encoder": self.encoder, "decoder": self.decoder, "ema_encoder": self.ema_encoder,
-                 "ema_decoder": self.ema_decoder, "optimizer": self.optimizer}
-        step = run.fast_step(self.step)
-        for epoch in run.epochs(self.train, state):
-            # epochs count from 1 here, and from 0 in the source of the schedule: 0 to 0.95 beta in 20 epochs
-            self.beta.fill_(self.target_beta * (min(1, (epoch - 1) / self.beta_epochs) if self.beta_epochs else 1))
-            for images, _ in run.batches():
-                run.log(step(images))
-            run.end_epoch(**self.evaluate(), beta=self.beta.item())
-            if run.sampling:  # after epochs 5, 10, 15 and 20, which are 4, 9, 14 and 19 counted from 0
+        state = {
+            "encoder": self.encoder,
+            "decoder": self.decoder,
+            "ema_encoder": self.ema_encoder,
+            "ema_decoder": self.ema_decoder,
+            "optimizer": self.optimizer,
+        }
+        for epoch in run.epochs(self.train, state, self.num_epochs):
+            # A decay goes here; epochs count from 1, in a continued run too:
+            #     self.lr.fill_(0.001 * 0.9 ** (epoch - 1))
+            beta = self.beta_of(epoch)
+            self.beta.fill_(beta)
+            for images, _ in run.batches():  # (N, C, H, W) on the device; labels
+                run.train_step(self.step, images)
+                # A picture every 100 steps goes here:
+                #     if run.step % 100 == 0:
+                #         self.draw(f"{epoch}_step_{run.step}")
+            # what is measured once an epoch becomes a column by this dict
+            history = run.end_epoch({**self.evaluate(), "beta": beta})
+            if run.pictures_due:
                 self.draw(epoch)
-                run.save_weights(encoder=self.ema_encoder, decoder=self.ema_decoder)
+                self.draw_curves(history, epoch)
+                run.save_weights(
+                    f"weights_epoch_{epoch}.pt", encoder=self.ema_encoder, decoder=self.ema_decoder
+                )
 
-    def draw(self, epoch):
-        """This epoch's pictures: reconstructions, samples, curves, and the latent space where it is a plane."""
-        run, x, low = self.run, self.fixed_images, -1 if self.train.normalize else 0
-        encoder, decoder = self.ema_encoder, self.ema_decoder
-        with torch.no_grad():
-            rebuilt = decoder.sample(encoder(x)[0])  # from mu, the best guess: noise would only blur it
-        pairs = torch.stack([x, rebuilt], dim=1).flatten(0, 1)  # original, reconstruction, original, ...
-        common.save_grid(pairs, run.folder / f"reconstruction_epoch_{epoch}.png", columns=12, low=low)
-        # an autoencoder's are noise of a kind: nothing has taught its decoder what to make of z ~ N(0, I)
-        common.save_grid(decoder.sample(self.fixed_z), run.folder / f"generated_image_epoch_{epoch}.png", 7, low)
-        names = ["reconstruction", "KL", "loss"] if encoder.fc_logvar else ["reconstruction"]
-        panels = {f"{name} (per image)": [name, f"test {name}"] for name in names}
-        common.save_curves(run.history, panels, f"main_ae ({run.model_kwargs['model_type']}) on {self.train.name}",
-                           run.folder / f"train_loss_curve_{epoch}.png")
-        if run.model_kwargs["latent_dim"] == 2:
-            save_latent_space(encoder, decoder, self.test, run.folder / f"latent_space_epoch_{epoch}.png")
+    @torch.no_grad()
+    def draw(self, number):
+        """Write reconstructions, samples, and the latent space where it is a plane."""
+        low = -1.0 if self.test.normalize else 0.0
+        some = torch.linspace(0, len(self.test) - 1, 36, device=self.test.device).long()
+        images, _ = self.test.batch(some)  # (36, C, H, W)
+        # from mu, the best guess: noise would only blur the picture
+        mu, _ = self.ema_encoder(images)
+        rebuilt = self.ema_decoder.sample(mu)
+        pairs = torch.stack([images, rebuilt], dim=1)  # (36, 2, C, H, W)
+        path = self.folder / f"reconstruction_epoch_{number}.png"
+        common.save_grid(pairs.flatten(0, 1), path, columns=12, low=low)
+        # An autoencoder's samples are noise of a kind: nothing has taught its
+        # decoder what to make of z ~ N(0, I).
+        samples = self.ema_decoder.sample(self.fixed_z)
+        path = self.folder / f"generated_image_epoch_{number}.png"
+        common.save_grid(samples, path, columns=7, low=low)
+        if self.latent_dim == 2:
+            path = self.folder / f"latent_space_epoch_{number}.png"
+            draw_latent_space(self.ema_encoder, self.ema_decoder, self.test, path)
+
+    def draw_curves(self, history, epoch):
+        """Write the history so far, a list of rows {column: value}, as curves."""
+        panels = {"reconstruction (per image)": ["reconstruction", "test reconstruction"]}
+        if self.model_type == "vae":
+            panels["KL (nats per image)"] = ["KL", "test KL"]
+            panels["loss (per image)"] = ["loss", "test loss"]
+        title = f"main_ae ({self.model_type}) on {self.train.name}"
+        common.save_curves(history, panels, title, self.folder / f"train_loss_curve_{epoch}.png")
+
+
+def batches_of(split):
+    """Yield all images of a split, a common.Images, in their order: (batch_size, C, H, W)."""
+    for index in torch.arange(len(split), device=split.device).split(split.batch_size):
+        images, _ = split.batch(index)
+        yield images
 
 
 @torch.no_grad()
-def save_latent_space(encoder, decoder, test, path, side=20):
-    """The mu of every test image, coloured by class; beside it, over the same plane, what the decoder makes of it."""
+def draw_latent_space(encoder, decoder, test, path):
+    """Write a picture of a latent plane: the mu of every test image, coloured by its class.
+
+    Beside it, over the same plane, is what the decoder draws there.
+    """
+    import matplotlib
     from matplotlib.figure import Figure
 
-    index = torch.arange(len(test), device=test.pixels.device).split(test.batch_size)
-    mu = torch.cat([encoder(test.batch(part)[0])[0] for part in index])  # (N, 2)
-    low, high = mu.quantile(torch.tensor([0.01, 0.99], device=mu.device), dim=0)  # a few outliers stay outside
-    middles = (torch.arange(side, device=mu.device) + 0.5) / side  # of the pictures, as fractions of the axes
-    z = low + torch.cartesian_prod(middles.flip(0), middles).flip(1) * (high - low)  # a picture's first row is its top
-    images = decoder.sample(z) / 2 + 0.5 if test.normalize else decoder.sample(z)  # (side * side, C, H, W) in [0, 1]
-    grid = images.unflatten(0, (side, side)).permute(0, 3, 1, 4, 2).flatten(2, 3).flatten(0, 1)  # (rows, columns, C)
+    matplotlib.rcParams["text.parse_math"] = False  # a class may have $ in its name
+    means = []
+    for x in batches_of(test):
+        mu, _ = encoder(x)
+        means.append(mu)
+    mu = torch.cat(means)  # (N, 2)
+    # a few outliers stay outside
+    low, high = mu.quantile(torch.tensor([0.01, 0.99], device=mu.device), dim=0)  # (2,) each
+    plane = decode_plane(decoder, low, high)
+
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for label, name in enumerate(test.class_names):
-        left.scatter(*mu[test.labels == label].T.cpu(), s=3, color=f"C{label % 10}", label=name)
+        first, second = mu[test.labels == label].T.cpu().numpy()
+        left.scatter(first, second, s=3, color=f"C{label % 10}", label=name)
     left.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    left.set(title=f"{len(mu):,} test images of {test.name}", xlabel="first latent (mu)", ylabel="second latent (mu)")
-    extent = torch.stack([low, high], dim=1).flatten().tolist()  # left, right, bottom, top
-    right.imshow(grid.cpu().numpy(), extent=extent, aspect="auto", cmap="gray", vmin=0, vmax=1)
+    left.set_title(f"{len(mu):,} test images of {test.name}")
+    left.set(xlabel="first latent (mu)", ylabel="second latent (mu)")
+    (x_low, y_low), (x_high, y_high) = low.tolist(), high.tolist()
+    extent = (x_low, x_high, y_low, y_high)
+    right.imshow(plane.cpu().numpy(), extent=extent, aspect="auto", cmap="gray", vmin=0, vmax=1)
     right.set(title="what the decoder draws there", xlabel="first latent")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    common.write(path, buffer.getvalue())
+    common.write(path, figure)
+
+
+def decode_plane(decoder, low, high, side=20):
+    """side x side images of latents between low (2,) and high (2,), as one picture in [0, 1].
+
+    The picture is (rows, columns, C). The first latent grows to the right,
+    the second upwards.
+    """
+    middles = (torch.arange(side, device=low.device) + 0.5) / side  # as fractions of the axes
+    first = low[0] + middles * (high[0] - low[0])
+    second = low[1] + middles * (high[1] - low[1])
+    # the first row of a picture is its top
+    second_grid, first_grid = torch.meshgrid(second.flip(0), first, indexing="ij")
+    z = torch.stack([first_grid, second_grid], dim=2).flatten(0, 1)  # (side * side, 2)
+    images = decoder.sample(z)
+    if images.shape[1] == 3:
+        images = images / 2 + 0.5  # colour is in [-1, 1], grey in [0, 1]
+    grid = images.unflatten(0, (side, side))  # (side, side, C, H, W)
+    grid = grid.permute(0, 3, 1, 4, 2)  # (side, H, side, W, C)
+    return grid.flatten(2, 3).flatten(0, 1)  # (side * H, side * W, C)
 
 
 def load_model(weights_path):
-    """(encoder, decoder) of a weights_epoch_{E}.pt, in eval mode. Raises common.BadInput for any other file."""
-    weights = common.load(weights_path, "main_ae", "decoder")
-    encoder, decoder = Encoder(**weights["model_kwargs"]), Decoder(**weights["model_kwargs"])
+    """(encoder, decoder) of a weights_epoch_{E}.pt. Raises common.BadInput for any other file."""
+    weights = common.load_weights(weights_path, "main_ae", "decoder")
+    side = weights["data"]["shape"][1]
+    encoder, decoder = make_networks(**weights["model_kwargs"], image_size=side, device="cpu")
     encoder.load_state_dict(weights["encoder"])
     decoder.load_state_dict(weights["decoder"])
     return encoder.eval(), decoder.eval()
 
 
-def main(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train with the given settings; returns the Trainer, or {setting: Trainer} of an experiment."""
-    if trainer_kwargs["experiment"] != "none":
-        return compare(model_kwargs, dataset_kwargs, trainer_kwargs)
-    trainer_kwargs = {key: value for key, value in trainer_kwargs.items() if key != "experiment"}
-    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
-    size = dataset_kwargs["image_size"]
-    if size % 8:
-        raise common.BadInput(f"image_size {size} cannot be halved three times; legal: multiples of 8")
-    channels = 1 if dataset_kwargs["dataset_type"] == "mnist" else model_kwargs["image_channels"]
-    run.model_kwargs.update(image_channels=channels, image_size=size)  # loading rebuilds the networks from these
-    train, test = datasets.load_data(**dataset_kwargs, channels=channels, device=run.device, normalize=channels == 3)
-    training.keep_freed_memory()
-    trainer = Trainer(run, train, test, **run.trainer_kwargs)
+def main(
+    model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs=experiment_kwargs
+):
+    """Train with the given settings; returns the Trainer, or {setting: Trainer} of an experiment.
+
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
+    here or in the dict above. It gives (image, label): a Pillow image or a
+    tensor (C, H, W), uint8 or in [0, 1].
+    """
+    check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs, **experiment_kwargs})
+    if experiment_kwargs["experiment"] != "none":
+        return compare(
+            model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, **experiment_kwargs
+        )
+    if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
+        model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    image_channels = model_kwargs["image_channels"]
+    train, test = common.load_data(
+        **dataset_kwargs,
+        image_channels=image_channels,
+        normalize=image_channels == 3,  # colour in [-1, 1], grey in [0, 1]
+        device=run_kwargs["device"],
+    )
+    keep_freed_memory()
+    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs)
     trainer.fit()
     return trainer
 
 
-def compare(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train each setting of an experiment in a folder of its own, unless that is done; then a figure and a table."""
-    common.check(__file__, trainer_kwargs)
-    experiment, folder, count = (trainer_kwargs[key] for key in ("experiment", "output_dir", "num_epochs"))
+def with_changes(kwargs, changes):
+    """A copy of kwargs with the values of those of its keys that `changes` holds."""
+    return {key: changes.get(key, value) for key, value in kwargs.items()}
+
+
+def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment):
+    """Train each setting of an experiment in a folder of its own, then compare them.
+
+    A setting that was trained before is only read. Returns {setting:
+    Trainer}.
+    """
+    folder = Path(trainer_kwargs["output_dir"])
     trainers = {}
     for changes in EXPERIMENTS[experiment]:
-        model, trainer = ({key: changes.get(key, value) for key, value in kwargs.items()}
-                          for kwargs in (model_kwargs, {**trainer_kwargs, "experiment": "none"}))
-        label = f"{model['model_type'].upper()} latent {model['latent_dim']}"
-        label += f" beta {trainer['beta']:g} {trainer['beta_schedule']}" if model["model_type"] == "vae" else ""
-        print(f"{experiment}: {label}", flush=True)
-        trainer["output_dir"] = f"{folder}/{dataset_kwargs['dataset_type']}_{label.replace(' ', '_')}"
-        trainers[label] = one = main(model, dataset_kwargs, trainer)
-    if not count:
-        return trainers
-    names = ["epoch", "reconstruction", "test reconstruction", "test KL", "test loss"]
-    table = ",".join(["setting", *names]) + "\n"
-    for label, one in trainers.items():
-        table += ",".join([label, *(f"{one.run.history[name][count - 1]:g}" for name in names)]) + "\n"
-    common.write(f"{folder}/{experiment}.csv", table.encode())
-    print(table)
-    curves, panels = {"epoch": list(range(1, count + 1))}, {}
-    for name in names[2:3 + ("VAE" in table)]:  # autoencoders have no KL
-        panels[name] = [f"{label}: {name[5:]}" for label in trainers]
-        curves |= {column: one.run.history[name][:count] for column, one in zip(panels[name], trainers.values())}
-    common.save_curves(curves, panels, f"{experiment} on {one.train.name}", f"{folder}/{experiment}.png")
+        model = with_changes(model_kwargs, changes)
+        trainer = with_changes(trainer_kwargs, changes)
+        setting = f"{model['model_type'].upper()} latent {model['latent_dim']}"
+        if model["model_type"] == "vae":
+            setting = f"{setting} beta {trainer['beta']:g} {trainer['beta_schedule']}"
+        print(f"{experiment}: {setting}", flush=True)
+        trainer["output_dir"] = str(folder / setting.replace(" ", "_"))
+        alone = {"experiment": "none"}
+        trainers[setting] = main(model, dataset_kwargs, trainer, run_kwargs, alone)
+    num_epochs = trainer_kwargs["num_epochs"]
+    if num_epochs:
+        save_table(trainers, num_epochs, folder / f"{experiment}.csv")
+        draw_comparison(trainers, num_epochs, experiment, folder / f"{experiment}.png")
     return trainers
 
 
+def save_table(trainers, num_epochs, path):
+    """Print and write what {setting: Trainer} had reached after num_epochs."""
+    rows = []
+    for setting, trainer in trainers.items():
+        last = trainer.run.history[num_epochs - 1]
+        row = {"setting": setting}
+        for column in ("epoch", "reconstruction", "test reconstruction", "test KL", "test loss"):
+            row[column] = last[column]
+        rows.append(row)
+        print(row, flush=True)
+    common.write(path, rows)
+
+
+def draw_comparison(trainers, num_epochs, experiment, path):
+    """Write the test errors of {setting: Trainer}, epoch by epoch, as curves."""
+    history = []
+    for epoch in range(1, num_epochs + 1):
+        row = {"epoch": epoch}
+        for setting, trainer in trainers.items():
+            measured = trainer.run.history[epoch - 1]
+            row[f"{setting}: reconstruction"] = measured["test reconstruction"]
+            row[f"{setting}: KL"] = measured["test KL"]
+        history.append(row)
+    panels = {"test reconstruction": [f"{setting}: reconstruction" for setting in trainers]}
+    vaes = [setting for setting, trainer in trainers.items() if trainer.model_type == "vae"]
+    if vaes:
+        panels["test KL"] = [f"{setting}: KL" for setting in vaes]
+    data = next(iter(trainers.values())).train.name
+    common.save_curves(history, panels, f"{experiment} on {data}", path)
+
+
 if __name__ == "__main__":
-    common.run(main, model_kwargs, dataset_kwargs, trainer_kwargs)
+    common.run_script(
+        main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs
+    )

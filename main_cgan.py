@@ -1,135 +1,196 @@
-"""A conditional GAN (cGAN) on MNIST, which draws the class it is asked for; also on sprites, CIFAR-10, your own images.
+"""A conditional GAN (cGAN), which draws the class it is asked for, on MNIST; also on your images.
 
-paper:  Mirza and Osindero 2014, Conditional Generative Adversarial Nets, https://arxiv.org/abs/1411.1784
-        Miyato and Koyama 2018, cGANs with Projection Discriminator, https://arxiv.org/abs/1802.05637 (`projection`)
-run:    python main_cgan.py                         (--dataset_type sprites for pixel art; any key below is an option)
-writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row a class, a column a z), train_loss_curve_{E}.png, history.csv,
-        training.gif, checkpoint.pt (the same command continues from it), weights_epoch_{E}.pt (for sampling)
-expect: MNIST, 20 epochs, seed 0: a classifier sees the asked digit in 99.6 % of 10,000 samples (98.3 % in the worst
-        class), diversity within a class is 0.91 of the data's (worst 0.88); after 5 epochs 98.8 % (97.6 %) and 0.95
+paper:  Mirza and Osindero 2014, Conditional Generative Adversarial Nets,
+        https://arxiv.org/abs/1411.1784
+        Miyato and Koyama 2018, cGANs with Projection Discriminator,
+        https://arxiv.org/abs/1802.05637 (conditioning `projection`)
+run:    python main_cgan.py --num_epochs 20         (any key below is such an option)
+        torchrun --nproc_per_node=2 main_cgan.py    (two processes share each step)
+writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for each class, a column for each z),
+        train_loss_curve_{E}.png, history.csv, training.gif (the pictures over the epochs),
+        checkpoint.pt, after every epoch (the same command continues from it),
+        weights_epoch_{E}.pt (for sampling)
+expect: MNIST, 20 epochs, seed 0: a classifier sees the asked digit in 99.6 % of 10,000 samples
+        (98.3 % in the worst class); diversity within a class 0.91 (worst 0.88); after 5 epochs
+        98.8 % (97.6 %) and 0.95
 """
+
 import io
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
-import datasets
 import fid
 import training
 
 model_kwargs = {
-    "latent_dim": 100,  # >= 1; entries of the latent vector z ~ N(0, I)
-    "embedding_dim": 50,  # >= 1; entries of the learned vector that stands for a class; it is joined to z
-    "feature_maps": 16,  # >= 1; channels next to the image; they double with every halving of its side
-    "conditioning": "projection",  # concat | projection; D sees the class as channels beside the image, or as V_y
-    "image_channels": 3,  # 1 | 3; grey or colour; mnist is grey whatever stands here
+    "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
+    "embedding_dim": 50,  # entries of the learned vector that stands for a class, beside z
+    "feature_maps": 16,  # channels next to the image; they double where the side halves
+    "conditioning": "projection",  # concat | projection: how D sees the class
+    "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
 dataset_kwargs = {
-    "dataset_type": "mnist",  # mnist | sprites | cifar10 | folder | digits; folder: a sub-folder a class
-    "batch_size": 32,  # >= 1; images a step
+    "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
+    "batch_size": 32,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, where the data cannot be had
-    "image_size": 0,  # 0 | 16 | 28 | 32 | 64; pixels a side; 0 is the data set's own (sprites: 16, folder: 32)
-    "horizontal_flip": False,  # mirror every other training image at random: for objects, not for digits
+    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
+    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: the data set's own size
+    "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
-    "num_epochs": 20,  # >= 0; may grow later: the run continues; 0 only checks settings and data
-    "generator_lr": 0.0005,  # > 0; Adam's; at 0.001 a class collapsed (seed 1); 0.00001 leaves grey blurs of sprites
-    "discriminator_lr": 0.0005,  # > 0; Adam's learning rate
-    "ema_decay": 0.999,  # in [0, 1); pictures and weights show G averaged over about 1000 steps; 0 is G itself
+    "num_epochs": 20,  # may grow later: the run continues; 0 only checks settings and data
+    "generator_lr": 0.0005,  # Adam's learning rate; at 0.001 one class collapsed with seed 1
+    "discriminator_lr": 0.0005,  # Adam's learning rate
+    "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
+    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: no scores
+    "score_features": "classifier",  # inception | classifier; only the first gives the FID
     "output_dir": "mnist_CGAN",  # everything is written there
-    "score_every": 0,  # >= 0; epochs between Frechet distances of 10,000 samples to the training images; 0 is never
-    "score_features": "classifier",  # inception | classifier; see fid.py: only with inception is it the FID
-    "sample_every": 1,  # >= 1; epochs between pictures, the frames of training.gif; one also after the first and last
-    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
-    "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
+}
+run_kwargs = {
+    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
+    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "sample_every": 1,  # epochs between pictures; also after the first epoch and the last
 }
 
+# {image_size: (side of the smallest feature map, how often it doubles up to
+# the image)}
+SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
-def sides(image_size):
-    """The side of the first feature map and how often it doubles up to image_size: 28 is 7 twice doubled."""
-    table = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
-    if image_size not in table:
-        raise common.BadInput(f"image_size is {image_size}; legal: 16, 28, 32 or 64")
-    return table[image_size]
+
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}.
+
+    load_data and Run check the other keys of dataset_kwargs and run_kwargs.
+    """
+    for key in ("latent_dim", "embedding_dim", "feature_maps"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    known = settings["conditioning"] in ("concat", "projection")
+    common.require(known, "conditioning must be concat or projection")
+    common.require(settings["image_channels"] in (1, 3), "image_channels must be 1 or 3")
+    sides = "image_size must be 16, 28, 32 or 64, or 0 for the data set's own"
+    common.require(settings["image_size"] in (0, *SIDES), sides)
+    for key in ("num_epochs", "score_every"):
+        common.require(settings[key] >= 0, f"{key} must be at least 0")
+    for key in ("generator_lr", "discriminator_lr"):
+        common.require(settings[key] > 0, f"{key} must be above 0")
+    common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
+    known = settings["score_features"] in ("inception", "classifier")
+    common.require(known, "score_features must be inception or classifier")
 
 
 class Generator(nn.Module):
-    """z (N, latent_dim), labels (N,) in 0 ... num_classes - 1 -> images (N, C, H, W) in [-1, 1]."""
+    """z (N, latent_dim), labels (N,) -> images (N, C, H, W) in [-1, 1].
 
-    def __init__(self, latent_dim, embedding_dim, feature_maps, image_channels, image_size, num_classes):
+    Shapes are for 28 pixels and 16 feature maps.
+    """
+
+    def __init__(
+        self, latent_dim, embedding_dim, feature_maps, image_channels, image_size, num_classes
+    ):
         super().__init__()
-        self.latent_dim, self.embedding = latent_dim, nn.Embedding(num_classes, embedding_dim)
-        first, doublings = sides(image_size)
-        channels = [feature_maps * 2**i for i in reversed(range(doublings))] + [image_channels]  # of digits: 32, 16, 1
-        layers = [nn.ConvTranspose2d(latent_dim + embedding_dim, channels[0], kernel_size=first, bias=False)]
-        for narrow, wide in zip(channels[1:], channels):
-            # batch norm subtracts the mean, so the convolution before it needs no bias
-            layers += [nn.BatchNorm2d(wide), nn.ReLU()]
-            layers += [nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=False)]
-        self.model = nn.Sequential(*layers, nn.Tanh())
+        self.latent_dim, self.num_classes = latent_dim, num_classes
+        self.embedding = nn.Embedding(num_classes, embedding_dim)
+        side, doublings = SIDES[image_size]
+        width = feature_maps * 2 ** (doublings - 1)  # 32 channels
+        # batch norm subtracts the mean, so the convolution before it needs no
+        # bias
+        inputs = latent_dim + embedding_dim
+        layers = [nn.ConvTranspose2d(inputs, width, kernel_size=side, bias=False)]
+        layers.append(nn.BatchNorm2d(width))
+        layers.append(nn.ReLU())  # (N, 32, 7, 7)
+        up = dict(kernel_size=4, stride=2, padding=1, bias=False)  # twice the side
+        for _ in range(doublings - 1):
+            layers.append(nn.ConvTranspose2d(width, width // 2, **up))
+            layers.append(nn.BatchNorm2d(width // 2))
+            layers.append(nn.ReLU())  # (N, 16, 14, 14)
+            width = width // 2
+        layers.append(nn.ConvTranspose2d(width, image_channels, **up))  # (N, 1, 28, 28)
+        layers.append(nn.Tanh())  # the range of the data
+        self.model = nn.Sequential(*layers)
         self.apply(init_weights)
-        # five times smaller than z: from N(0, 1) the label drowned z, and each class had one picture
+        # This is five times smaller than z. From N(0, 1) the label drowned z,
+        # and each class had only one picture.
         nn.init.normal_(self.embedding.weight, 0.0, 0.2)
 
     def forward(self, z, labels):
-        # at 28 pixels: (N, 150, 1, 1) -> (N, 32, 7, 7) -> (N, 16, 14, 14) -> (N, 1, 28, 28)
-        return self.model(torch.cat([z, self.embedding(labels)], dim=1)[:, :, None, None])
+        z = torch.cat([z, self.embedding(labels)], dim=1)  # (N, latent_dim + embedding_dim)
+        return self.model(z[:, :, None, None])  # from (N, latent_dim + embedding_dim, 1, 1)
 
     @torch.no_grad()
-    def sample(self, labels, z=None):
-        """One image for each of `labels`, N class numbers; z (N, latent_dim) is drawn if it is not given."""
-        labels, classes = torch.as_tensor(labels, device=self.embedding.weight.device), self.embedding.num_embeddings
-        if labels.ndim != 1 or labels.is_floating_point() or not ((labels >= 0) & (labels < classes)).all():
-            raise common.BadInput(f"labels are {labels.tolist()}; legal: whole numbers from 0 to {classes - 1}")
-        return self(torch.randn(len(labels), self.latent_dim, device=labels.device) if z is None else z, labels.long())
+    def sample(self, labels):
+        """A new image for each of `labels`, a list or tensor of class numbers."""
+        labels = torch.as_tensor(labels, device=self.embedding.weight.device)
+        whole = labels.ndim == 1 and not labels.is_floating_point()
+        known = whole and ((labels >= 0) & (labels < self.num_classes)).all()
+        last = self.num_classes - 1
+        common.require(known, f"labels must be a list of whole numbers from 0 to {last}")
+        z = torch.randn(len(labels), self.latent_dim, device=labels.device)
+        return self(z, labels.long())
 
 
 class Discriminator(nn.Module):
-    """Images (N, C, H, W) in [-1, 1], labels (N,) -> logit (N,) of being real and of this class.
+    """Images (N, C, H, W), labels (N,) -> logit (N,) of being real and of this class.
 
-    conditioning `concat`: a channel for each class joins the image, all 1 for the label's and all 0 for the others.
-    `projection`: the logit is psi(phi(x)) + V_y . phi(x), Miyato and Koyama, eq. (3); phi are the features of the
-    image alone, and a learned direction V_y says which of them speak for class y.
+    conditioning `concat`: a channel for each class is joined to the image. It
+    is all 1 for the class of the label, and all 0 for the others.
+    `projection`: the logit is psi(phi(x)) + V_y . phi(x), eq. (3) of Miyato
+    and Koyama. phi are the features of the image alone; a learned direction
+    V_y says which of them speak for class y.
     """
 
     def __init__(self, feature_maps, conditioning, image_channels, image_size, num_classes):
         super().__init__()
-        self.conditioning, layers = conditioning, []
-        last, halvings = sides(image_size)
-        channels = [image_channels + (num_classes if conditioning == "concat" else 0)]
-        channels += [feature_maps * 2**i for i in range(halvings)]
-        for i, (before, after) in enumerate(zip(channels, channels[1:])):
-            layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=i == 0)]
-            # none on the first layer: DCGAN's authors found that batch norm next to the pixels makes training oscillate
-            layers += [nn.BatchNorm2d(after)] if i else []
-            layers += [nn.LeakyReLU(0.2)]
-        self.phi, self.psi = nn.Sequential(*layers), nn.Conv2d(channels[-1], 1, kernel_size=last)
-        self.register_buffer("one_hot", torch.eye(num_classes), persistent=False)
+        self.conditioning, self.num_classes = conditioning, num_classes
+        side, halvings = SIDES[image_size]
+        width = feature_maps
+        down = dict(kernel_size=4, stride=2, padding=1)  # half the side
+        if conditioning == "concat":
+            image_channels = image_channels + num_classes
+        # The first layer has no batch norm: DCGAN's paper found that next to
+        # the pixels it makes training oscillate.
+        layers = [nn.Conv2d(image_channels, width, **down)]
+        # negative inputs have a slope too, since G learns only from D's
+        # gradients
+        layers.append(nn.LeakyReLU(0.2))  # (N, 16, 14, 14)
+        for _ in range(halvings - 1):
+            layers.append(nn.Conv2d(width, 2 * width, bias=False, **down))
+            layers.append(nn.BatchNorm2d(2 * width))
+            layers.append(nn.LeakyReLU(0.2))  # (N, 32, 7, 7)
+            width = 2 * width
+        self.phi = nn.Sequential(*layers)
+        self.psi = nn.Conv2d(width, 1, kernel_size=side)  # (N, 1, 1, 1)
         if conditioning == "projection":
-            self.directions = nn.Embedding(num_classes, channels[-1] * last**2)
+            self.directions = nn.Embedding(num_classes, width * side**2)
         self.apply(init_weights)
         if conditioning == "projection":
             nn.init.normal_(self.directions.weight, 0.0, 0.02)  # as the convolution psi beside it
 
     def forward(self, x, labels):
         if self.conditioning == "concat":
-            x = torch.cat([x, self.one_hot[labels][:, :, None, None].expand(-1, -1, *x.shape[2:])], dim=1)
-        features = self.phi(x)  # at 28 pixels: (N, 1 or 11, 28, 28) -> (N, 16, 14, 14) -> (N, 32, 7, 7)
-        logits = self.psi(features).flatten()
+            one_hot = F.one_hot(labels, self.num_classes).float()  # (N, num_classes)
+            channels = one_hot[:, :, None, None].expand(-1, -1, *x.shape[2:])
+            x = torch.cat([x, channels], dim=1)  # (N, C + num_classes, H, W)
+        features = self.phi(x)
+        logits = self.psi(features).flatten()  # (N,)
         if self.conditioning == "projection":
-            logits = logits + (self.directions(labels) * features.flatten(1)).sum(1)
+            directions = self.directions(labels)  # (N, features)
+            logits = logits + (directions * features.flatten(1)).sum(1)
         return logits
 
 
 def init_weights(module):
-    """DCGAN's for convolutions, N(0, 0.02^2); its authors' code has N(1, 0.02^2) for batch norm scales."""
+    """Weights of convolutions from N(0, 0.02^2), as DCGAN's paper says.
+
+    The scales of batch norm from N(1, 0.02^2), as in its authors' code.
+    """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -137,168 +198,350 @@ def init_weights(module):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Cross-entropy of D, -log D(x) - log(1 - D(G(z))), each a mean over the batch: Goodfellow et al. 2014, eq. (1).
+    """Cross-entropy of D in nats: the negative of eq. (1) of Goodfellow et al. 2014.
 
-    With D = sigmoid(l): -log D = softplus(-l) and -log(1 - D) = softplus(l). At D = 1/2 everywhere: 2 log 2 = 1.386.
+    It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of the logit. Both
+    halves are means over the batch. At D = 1/2 everywhere the sum is 2 log 2
+    = 1.386.
     """
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    real_targets = torch.ones_like(real_logits)
+    fake_targets = torch.zeros_like(fake_logits)
+    real_loss = F.binary_cross_entropy_with_logits(real_logits, real_targets)
+    fake_loss = F.binary_cross_entropy_with_logits(fake_logits, fake_targets)
+    return real_loss + fake_loss
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss, -log D(G(z)) = softplus(-l), mean over the batch (the same paper, end of section 3)."""
-    return F.softplus(-fake_logits).mean()
+    """Non-saturating loss -log D(G(z)), mean over the batch (section 3 of Goodfellow et al.).
+
+    The minimax form log(1 - D(G(z))) has a vanishing gradient just when G is
+    bad and D knows.
+    """
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+
+def mean_distance(images):
+    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    return F.pdist(images.flatten(1).cpu()).mean().item()
+
+
+def distance_within_classes(images, labels):
+    """{label: mean_distance of its images}, of labels with two images or more."""
+    distances = {}
+    for label in labels.unique().tolist():
+        same = images[labels == label]
+        if len(same) > 1:
+            distances[label] = mean_distance(same)
+    return distances
+
+
+def make_networks(train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels):
+    """(generator, its average, discriminator) for images such as those of `train`."""
+    image_size, num_classes = train.pixels.shape[2], len(train.class_names)
+    generator = Generator(
+        latent_dim, embedding_dim, feature_maps, image_channels, image_size, num_classes
+    )
+    ema_generator = Generator(
+        latent_dim, embedding_dim, feature_maps, image_channels, image_size, num_classes
+    )
+    ema_generator.load_state_dict(generator.state_dict())
+    ema_generator.requires_grad_(False).eval()
+    discriminator = Discriminator(
+        feature_maps, conditioning, image_channels, image_size, num_classes
+    )
+    networks = generator, ema_generator, discriminator
+    return [network.to(train.device) for network in networks]
+
+
+def make_adam(network, lr):
+    """Adam with DCGAN's beta1 of 0.5: with 0.9 the two networks swing about each other.
+
+    `fused` updates all tensors of a network in one call.
+    """
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999), fused=True)
 
 
 class Trainer:
-    """Both networks, the averaged generator, the optimisers, and the training loop."""
+    """The networks, their optimisers, and the training loop. train, test: two common.Images."""
 
-    def __init__(self, run, train, score, conditioning, generator_lr, discriminator_lr, ema_decay, score_every):
-        self.run, self.train, self.score, self.ema_decay, self.score_every = run, train, score, ema_decay, score_every
-        kwargs, device, self.num_classes = run.model_kwargs, run.device, run.model_kwargs["num_classes"]
-        self.generator = Generator(**kwargs).to(device)
-        self.ema_generator = Generator(**kwargs).to(device).requires_grad_(False).eval()
-        self.ema_generator.load_state_dict(self.generator.state_dict())
-        pairs = zip(self.ema_generator.state_dict().values(), self.generator.state_dict().values())
-        self.averaged = [(ema, now) for ema, now in pairs if ema.is_floating_point()]  # counters are not averaged
-        sizes = {key: kwargs[key] for key in ("feature_maps", "image_channels", "image_size", "num_classes")}
-        self.discriminator = Discriminator(conditioning=conditioning, **sizes).to(device)
-        adam = dict(betas=(0.5, 0.999), fused=True)  # DCGAN's beta1; fused is one call for all tensors
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=generator_lr, **adam)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=discriminator_lr, **adam)
-        self.fixed_z = torch.randn(1000, kwargs["latent_dim"]).to(device)  # every picture is drawn from these
-        index = torch.arange(1000, device=device)
-        self.fixed_labels = index % self.num_classes
-        self.real_distances = fid.distance_within_classes(*train.batch(index[:len(train)]))
+    def __init__(
+        self,
+        run,
+        train,
+        test,
+        *,
+        latent_dim,
+        embedding_dim,
+        feature_maps,
+        conditioning,
+        image_channels,
+        num_epochs,
+        generator_lr,
+        discriminator_lr,
+        ema_decay,
+        score_every,
+        score_features,
+        output_dir,
+    ):
+        self.run, self.train = run, train
+        self.latent_dim, self.ema_decay = latent_dim, ema_decay
+        self.num_epochs, self.folder = num_epochs, Path(output_dir)
+        self.generator, self.ema_generator, self.discriminator = make_networks(
+            train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
+        )
+        # tensors on the device, because a CUDA graph would freeze a number
+        self.generator_lr = torch.tensor(generator_lr, device=train.device)
+        self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
+        self.generator_optimizer = make_adam(self.generator, self.generator_lr)
+        self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
+        # every picture is drawn from these, so that epochs can be compared
+        self.fixed_z = torch.randn(1000, latent_dim).to(train.device)
+        index = torch.arange(1000, device=train.device)
+        self.fixed_labels = index % len(train.class_names)
+        real_images, real_labels = train.batch(index[: len(train)])
+        self.real_distances = distance_within_classes(real_images, real_labels)
+        self.score_every, self.scorer = score_every, None
+        if score_every:
+            self.scorer = fid.Scorer(train, test, score_features, num_images=10000)
 
     def step(self, real, labels):
-        """One step of D, then one of G. real (N, C, H, W) in [-1, 1], labels (N,); returns scalars, on the device."""
-        z = torch.randn(len(real), self.generator.latent_dim, device=real.device)
-        fake = self.generator(z, labels)  # (N, C, H, W): the classes of the real batch, so D cannot tell by these
+        """One step of D, then one of G. real (N, C, H, W), labels (N,); returns scalars.
 
-        # real and fake in passes of their own: each batch norm sees one kind of image, as DCGAN's authors advise
+        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
+        counter, an .item() or another Python number would be frozen at its
+        first value. Change tensors instead. The scalars become columns of the
+        history, as means over the epoch's images: for another one, add it to
+        the dict that is returned.
+        """
+        z = torch.randn(len(real), self.latent_dim, device=real.device)
+        # the real batch's labels, so that D cannot tell by the classes
+        fake = self.generator(z, labels)  # (N, C, H, W)
+
+        # Each half in a pass of its own: batch norm sees one kind of image at
+        # a time, as DCGAN's authors advise. Detached images teach only D.
         real_logits = self.discriminator(real, labels)  # (N,)
-        fake_logits = self.discriminator(fake.detach(), labels)  # detached: this loss teaches only D
+        fake_logits = self.discriminator(fake.detach(), labels)  # (N,)
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        training.average_gradients(self.discriminator_optimizer)
+        # with torchrun: the mean over all processes; alone it does nothing
+        training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt; `inputs` spares the gradients of D's weights
+        # G is judged by the D that has just learnt. `inputs` leaves out the
+        # gradients of D's weights, which nobody needs.
         g_loss = generator_loss(self.discriminator(fake, labels))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
-        training.average_gradients(self.generator_optimizer)
+        training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
-        self.average()
+        self.update_ema()
 
-        return {"discriminator loss": d_loss, "generator loss": g_loss,
-                "D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean()}
+        return {
+            "discriminator loss": d_loss,
+            "generator loss": g_loss,
+            "D(x)": real_logits.sigmoid().mean(),
+            "D(G(z))": fake_logits.sigmoid().mean(),
+        }
 
     @torch.no_grad()
-    def average(self):
-        """ema = decay ema + (1 - decay) G, for weights and batch norm statistics alike.
+    def update_ema(self):
+        """ema = decay ema + (1 - decay) G, for weights and for batch norm's statistics.
 
-        The decay grows from 0.18 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
+        After t steps the decay is (1 + t) / (10 + t), at most ema_decay, so
+        that the first weights are soon forgotten. With 0.999 it is an average
+        over about 1000 steps.
         """
-        t = self.generator.model[1].num_batches_tracked  # batch norm counts the steps, on the device
-        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
-        for ema, now in self.averaged:
-            ema.lerp_(now, weight)
+        # batch norm counts the steps on the device
+        t = self.generator.model[1].num_batches_tracked
+        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
+        averaged = self.ema_generator.state_dict()
+        for name, value in self.generator.state_dict().items():
+            if value.is_floating_point():  # counters are not averaged
+                averaged[name].lerp_(value, weight)
 
-    def sample(self, labels, z=None):
-        """Images (N, C, H, W) in [-1, 1] of the classes `labels`, of the averaged generator, in eval mode."""
-        return self.ema_generator.sample(labels, z)
+    @torch.no_grad()
+    def sample(self, z, labels):
+        """z (N, latent_dim), labels (N,) -> images (N, C, H, W) in [-1, 1].
 
-    def draw(self, index):
-        """New images (N, C, H, W) in [-1, 1], and their labels: the number of the image modulo that of the classes."""
-        labels = index.to(self.run.device) % self.num_classes
-        return self.sample(labels), labels
+        They are of the averaged generator in eval mode, in which batch norm
+        does not make a picture depend on the others of its batch.
+        """
+        return self.ema_generator(z, labels)
+
+    def generate(self, index):
+        """A new image for each entry of index (N,), and its label (N,), for the scorer."""
+        z = torch.randn(len(index), self.latent_dim, device=self.train.device)
+        labels = index % len(self.train.class_names)
+        return self.sample(z, labels), labels
+
+    def diversity(self):
+        """{column: value}: how varied the images of a class are, as a mean and in the worst.
+
+        1 is as varied as the data; towards 0 all samples of a class become
+        alike: mode collapse.
+        """
+        samples = self.sample(self.fixed_z, self.fixed_labels)
+        distances = distance_within_classes(samples, self.fixed_labels)
+        shares = []
+        for label, real_distance in self.real_distances.items():
+            if label in distances and real_distance > 0:
+                shares.append(distances[label] / real_distance)
+        if not shares:
+            return {}
+        return {
+            "diversity within class": sum(shares) / len(shares),
+            "diversity within class, worst": min(shares),
+        }
 
     def fit(self):
-        """Train to num_epochs, continuing from a checkpoint if there is one."""
+        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
         run = self.run
-        state = {name: getattr(self, name) for name in ("generator", "ema_generator", "discriminator",
-                                                        "generator_optimizer", "discriminator_optimizer")}
-        step = run.fast_step(self.step)
-        for epoch in run.epochs(self.train, state):
-            for images, labels in run.batches():
-                run.log(step(images, labels))
-            # 1 is as varied as the data; towards 0 a class has one picture left: mode collapse
-            made = fid.distance_within_classes(self.sample(self.fixed_labels, self.fixed_z), self.fixed_labels)
-            shares = [made[c] / real for c, real in self.real_distances.items() if real and c in made] or [float("nan")]
-            spread = {"diversity within class": sum(shares) / len(shares), "diversity within class, worst": min(shares)}
-            draw = self.draw if self.score and epoch % self.score_every == 0 else None  # else nan, which is not drawn
-            run.end_epoch(**spread, **(self.score.columns(draw) if self.score else {}))
-            if run.sampling:
-                rows, z = self.train.class_names[:50], self.fixed_z[:10]
-                samples = self.sample(torch.arange(len(rows)).repeat_interleave(10), z.repeat(len(rows), 1))
-                save_named_grid(samples, rows, f"{self.train.name}, epoch {epoch}",
-                                run.folder / f"generated_image_epoch_{epoch}.png")
-                panels = {"loss (nats)": ["discriminator loss", "generator loss"],
-                          "probability of being real": ["D(x)", "D(G(z))"], "mean distance, real images = 1": [*spread]}
-                if self.score:
-                    panels[f"{self.score.name} (N {self.score.n:,})"] = [self.score.name, "mean class distance"]
-                    panels["share seen as the asked class"] = ["asked class", "asked class, worst"]
-                common.save_curves(run.history, panels, f"main_cgan on {self.train.name}",
-                                   run.folder / f"train_loss_curve_{epoch}.png")
-                run.save_weights(generator=self.ema_generator)
-        save_animation(run)
+        state = {
+            "generator": self.generator,
+            "ema_generator": self.ema_generator,
+            "discriminator": self.discriminator,
+            "generator_optimizer": self.generator_optimizer,
+            "discriminator_optimizer": self.discriminator_optimizer,
+        }
+        for epoch in run.epochs(self.train, state, self.num_epochs):
+            # A decay goes here; epochs count from 1, in a continued run too:
+            #     self.generator_lr.fill_(0.0005 * 0.99 ** (epoch - 1))
+            for images, labels in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
+                run.train_step(self.step, images, labels)
+                # A picture every 100 steps goes here:
+                #     if run.step % 100 == 0:
+                #         self.draw(f"{epoch}_step_{run.step}")
+            # what is measured once an epoch becomes a column by this dict
+            measured = self.diversity()
+            if self.scorer and epoch % self.score_every == 0:
+                measured |= self.scorer(self.generate)
+            history = run.end_epoch(measured)
+            if run.pictures_due:
+                self.draw(epoch)
+                self.draw_curves(history, epoch)
+                run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.ema_generator)
+        self.draw_animation()
+
+    def draw(self, epoch):
+        """Write samples: a row for each class, of the first fifty, and a column for each z."""
+        names = self.train.class_names[:50]
+        labels = torch.arange(len(names), device=self.train.device).repeat_interleave(10)
+        z = self.fixed_z[:10].repeat(len(names), 1)  # (10 rows, latent_dim)
+        title = f"{self.train.name}, epoch {epoch}"
+        path = self.folder / f"generated_image_epoch_{epoch}.png"
+        save_named_grid(self.sample(z, labels), names, title, path)
+
+    def draw_curves(self, history, epoch):
+        """Write the history so far, a list of rows {column: value}, as curves."""
+        panels = {
+            "loss (nats)": ["discriminator loss", "generator loss"],
+            "probability of being real": ["D(x)", "D(G(z))"],
+            "mean distance, real images = 1": [
+                "diversity within class",
+                "diversity within class, worst",
+            ],
+        }
+        if self.scorer:
+            label = f"{self.scorer.name} (N {self.scorer.num_images:,})"
+            panels[label] = [self.scorer.name, "mean class distance"]
+            panels["share seen as the asked class"] = ["asked class", "asked class, worst"]
+        title = f"main_cgan on {self.train.name}"
+        common.save_curves(history, panels, title, self.folder / f"train_loss_curve_{epoch}.png")
+
+    def draw_animation(self):
+        """Write training.gif of the pictures of all epochs.
+
+        They are read from the disk, so that those before an interruption are
+        there too.
+        """
+        from PIL import Image
+
+        epochs = [row["epoch"] for row in self.run.history]
+        frames = []
+        for epoch in epochs:
+            due = epoch in (1, epochs[-1]) or epoch % self.run.sample_every == 0
+            path = self.folder / f"generated_image_epoch_{epoch}.png"
+            if due and path.is_file():
+                frames.append(Image.open(path))
+        if not frames:
+            return
+        buffer = io.BytesIO()
+        frames[0].save(
+            buffer,
+            "GIF",
+            save_all=True,
+            append_images=frames[1:],
+            loop=0,
+            duration=[250] * (len(frames) - 1) + [2000],  # milliseconds
+        )
+        common.write(self.folder / "training.gif", buffer.getvalue())
 
 
 def save_named_grid(images, names, title, path):
-    """Write images (10 n, C, H, W) as a PNG with n rows, the name of each beside it, and a title."""
+    """Write images (10 n, C, H, W) in [-1, 1] as n rows of ten, each with its name beside it."""
     from PIL import Image, ImageDraw, ImageFont, ImageOps
+    from torchvision.utils import make_grid
 
-    common.save_grid(images, path, columns=10)
-    grid, font = Image.open(path), ImageFont.load_default(14)
-    left = 12 + int(max(map(font.getlength, names)))
-    draw = ImageDraw.Draw(canvas := ImageOps.expand(grid, (left, 24, 0, 0), "white"))
+    grid = make_grid(images.cpu(), nrow=10, normalize=True, value_range=(-1, 1), pad_value=0.5)
+    pixels = (255 * grid).round().byte().permute(1, 2, 0)  # (height, width, 3)
+    picture = Image.fromarray(pixels.numpy())
+    zoom = max(1, round(480 / picture.width))  # small pictures are enlarged by whole pixels
+    picture = ImageOps.scale(picture, zoom, Image.Resampling.NEAREST)
+    font = ImageFont.load_default(14)
+    left = 12 + max(int(font.getlength(name)) for name in names)  # the margin for the names
+    page = ImageOps.expand(picture, (left, 24, 0, 0), "white")
+    draw = ImageDraw.Draw(page)
     draw.text((left, 12), title, "black", font, anchor="lm")
     for row, name in enumerate(names):
-        draw.text((left - 6, 24 + grid.height * (row + 0.5) / len(names)), name, "black", font, anchor="rm")
-    canvas.save(buffer := io.BytesIO(), "PNG")
+        middle = 24 + picture.height * (row + 0.5) / len(names)
+        draw.text((left - 6, middle), name, "black", font, anchor="rm")
+    buffer = io.BytesIO()
+    page.save(buffer, "PNG")
     common.write(path, buffer.getvalue())
 
 
-def save_animation(run):
-    """training.gif of the pictures so far. They are read from the disk, so those before an interruption are there."""
-    from PIL import Image
-
-    paths = [run.folder / f"generated_image_epoch_{e}.png" for e in range(1, run.epoch + 1)
-             if e in (1, run.epoch) or e % run.sample_every == 0]
-    if frames := [Image.open(path) for path in paths if path.is_file()]:
-        frames[0].save(buffer := io.BytesIO(), "GIF", save_all=True, append_images=frames[1:], loop=0,
-                       duration=[250] * (len(frames) - 1) + [2000])  # milliseconds
-        common.write(run.folder / "training.gif", buffer.getvalue())
-
-
 def load_generator(weights_path):
-    """Rebuild the generator of a weights_epoch_{E}.pt, in eval mode. Raises common.BadInput for any other file."""
-    weights = common.load(weights_path, "main_cgan", "generator")
-    generator = Generator(**weights["model_kwargs"])
+    """The generator of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+
+    To sample: load_generator(path).sample([2, 0, 2, 6]) gives (4, C, H, W).
+    """
+    weights = common.load_weights(weights_path, "main_cgan", "generator")
+    kwargs, data = weights["model_kwargs"], weights["data"]
+    generator = Generator(
+        kwargs["latent_dim"],
+        kwargs["embedding_dim"],
+        kwargs["feature_maps"],
+        kwargs["image_channels"],
+        image_size=data["shape"][1],
+        num_classes=len(data["class_names"]),
+    )
     generator.load_state_dict(weights["generator"])
     return generator.eval()
 
 
-def main(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train with the given settings; returns the Trainer."""
-    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
-    kind = dataset_kwargs["dataset_type"]
-    size = dataset_kwargs["image_size"] or {"mnist": 28, "digits": 28, "sprites": 16}.get(kind, 32)
-    channels = 1 if kind == "mnist" else model_kwargs["image_channels"]
-    train, test = datasets.load_data(**{**dataset_kwargs, "image_size": size}, channels=channels, device=run.device)
-    if len(train.class_names) < 2:
-        raise common.BadInput(f"{train.name} has one class; put each class into a sub-folder, or take main_dcgan.py")
-    run.model_kwargs.update(image_channels=channels, image_size=size, num_classes=len(train.class_names))
-    features, score = run.trainer_kwargs.pop("score_features"), None
-    if trainer_kwargs["score_every"]:
-        score = fid.Scorer(train, test, 10000, features, dataset_kwargs["data_dir"])
-    # conditioning is D's alone: sampling rebuilds G from the rest
-    trainer = Trainer(run, train, score, run.model_kwargs.pop("conditioning"), **run.trainer_kwargs)
+def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
+    """Train with the given settings; returns the Trainer.
+
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
+    here or in the dict above. It gives (image, label): a Pillow image or a
+    tensor (C, H, W), uint8 or in [0, 1].
+    """
+    check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
+    if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
+        model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    train, test = common.load_data(
+        **dataset_kwargs,
+        image_channels=model_kwargs["image_channels"],
+        device=run_kwargs["device"],
+    )
+    sub_folders = "put each class into a sub-folder, or take main_dcgan.py"
+    common.require(len(train.class_names) > 1, f"{train.name} has one class; {sub_folders}")
+    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs)
     trainer.fit()
     return trainer
 
 
 if __name__ == "__main__":
-    common.run(main, model_kwargs, dataset_kwargs, trainer_kwargs)
+    common.run_script(main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)

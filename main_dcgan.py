@@ -1,104 +1,144 @@
-"""A deep convolutional GAN (DCGAN) on CIFAR-10; also on MNIST, or your own images, at 16, 28, 32 or 64 pixels.
+"""A deep convolutional GAN (DCGAN) on CIFAR-10; also on digits, sprites and your own images.
 
-paper:  Radford et al. 2015, Unsupervised Representation Learning with DCGANs, https://arxiv.org/abs/1511.06434
-run:    python main_dcgan.py                        (--dataset_type mnist for digits; any key below is an option)
+paper:  Radford et al. 2015, Unsupervised Representation Learning with DCGANs,
+        https://arxiv.org/abs/1511.06434
+run:    python main_dcgan.py --num_epochs 10        (any key below is such an option)
+        torchrun --nproc_per_node=2 main_dcgan.py   (two processes share each step)
 writes: cifar10_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
-        checkpoint.pt (the same command continues from it), weights_epoch_{E}.pt (for sampling)
-expect: CIFAR-10, 10 epochs, seed 0: shapes of cars, birds, ships; D(x) 0.75, D(G(z)) 0.25, diversity 0.98; 43 min
-        of one AMD EPYC core
+        checkpoint.pt, after every epoch (the same command continues from it),
+        weights_epoch_{E}.pt (for sampling)
+expect: CIFAR-10, 10 epochs, seed 0: shapes of cars, birds, ships; D(x) 0.75, D(G(z)) 0.25,
+        diversity 0.98; 43 min on one core of an AMD EPYC
 """
+
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
-import datasets
 import fid
 import training
 
 model_kwargs = {
-    "latent_dim": 100,  # >= 1; entries of the latent vector z ~ N(0, I)
-    "feature_maps": 64,  # >= 1; channels next to the image; they double with every halving of its side
-    "image_channels": 3,  # 1 | 3; grey or colour; mnist is grey whatever stands here
+    "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
+    "feature_maps": 64,  # channels next to the image; they double where the side halves
+    "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
 dataset_kwargs = {
-    "dataset_type": "cifar10",  # mnist | cifar10 | sprites | folder | digits; digits: the bundled sample of MNIST
-    "batch_size": 16,  # >= 1; images a step
+    "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
+    "batch_size": 16,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, where the data cannot be had
-    "image_size": 0,  # 0 | 16 | 28 | 32 | 64; pixels a side; 0 is the data set's own (sprites: 16, folder: 32)
-    "horizontal_flip": False,  # mirror every other training image at random: for objects, not for digits
+    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
+    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: the data set's own size
+    "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
-    "num_epochs": 200,  # >= 0; may grow later: the run continues; 0 only checks settings and data
-    "generator_lr": 0.0002,  # > 0; Adam's learning rate, the paper's
-    "discriminator_lr": 0.0002,  # > 0; Adam's learning rate, the paper's
-    "ema_decay": 0.999,  # in [0, 1); pictures and weights show G averaged over about 1000 steps; 0 is G itself
+    "num_epochs": 200,  # may grow later: the run continues; 0 only checks settings and data
+    "generator_lr": 0.0002,  # Adam's learning rate, the paper's
+    "discriminator_lr": 0.0002,  # Adam's learning rate, the paper's
+    "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
+    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: no scores
+    "score_features": "classifier",  # inception | classifier; only the first gives the FID
     "output_dir": "cifar10_GAN",  # everything is written there
-    "score_every": 0,  # >= 0; epochs between Frechet distances of 10,000 samples to the training images; 0 is never
-    "score_features": "classifier",  # inception | classifier; see fid.py: only with inception is it the FID
-    "sample_every": 50,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
-    "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores: right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
+}
+run_kwargs = {
+    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
+    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
     "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
 }
 
+# {image_size: (side of the smallest feature map, how often it doubles up to
+# the image)}
+SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
-def sides(image_size):
-    """The side of the first feature map and how often it doubles up to image_size: 28 is 7 twice doubled."""
-    table = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
-    if image_size not in table:
-        raise common.BadInput(f"image_size is {image_size}; legal: 16, 28, 32 or 64")
-    return table[image_size]
+
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}.
+
+    load_data and Run check the other keys of dataset_kwargs and run_kwargs.
+    """
+    for key in ("latent_dim", "feature_maps"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    common.require(settings["image_channels"] in (1, 3), "image_channels must be 1 or 3")
+    sides = "image_size must be 16, 28, 32 or 64, or 0 for the data set's own"
+    common.require(settings["image_size"] in (0, *SIDES), sides)
+    for key in ("num_epochs", "score_every"):
+        common.require(settings[key] >= 0, f"{key} must be at least 0")
+    for key in ("generator_lr", "discriminator_lr"):
+        common.require(settings[key] > 0, f"{key} must be above 0")
+    common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
+    known = settings["score_features"] in ("inception", "classifier")
+    common.require(known, "score_features must be inception or classifier")
 
 
 class Generator(nn.Module):
-    """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1]."""
+    """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1].
+
+    Shapes are for 32 pixels and 64 feature maps.
+    """
 
     def __init__(self, latent_dim, feature_maps, image_channels, image_size):
         super().__init__()
-        first, doublings = sides(image_size)
-        channels = [feature_maps * 2**i for i in reversed(range(doublings))] + [image_channels]  # 256, 128, 64, 3
-        layers = [nn.ConvTranspose2d(latent_dim, channels[0], kernel_size=first, stride=1, padding=0, bias=False)]
-        for narrow, wide in zip(channels[1:], channels):
-            # batch norm subtracts the mean, so the convolution before it needs no bias
-            layers += [nn.BatchNorm2d(wide), nn.ReLU()]
-            layers += [nn.ConvTranspose2d(wide, narrow, kernel_size=4, stride=2, padding=1, bias=False)]
-        self.model = nn.Sequential(*layers, nn.Tanh())
+        side, doublings = SIDES[image_size]
+        width = feature_maps * 2 ** (doublings - 1)  # 256 channels
+        # batch norm subtracts the mean, so the convolution before it needs no
+        # bias
+        layers = [nn.ConvTranspose2d(latent_dim, width, kernel_size=side, bias=False)]
+        layers.append(nn.BatchNorm2d(width))
+        layers.append(nn.ReLU())  # (N, 256, 4, 4)
+        up = dict(kernel_size=4, stride=2, padding=1, bias=False)  # twice the side
+        for _ in range(doublings - 1):
+            layers.append(nn.ConvTranspose2d(width, width // 2, **up))
+            layers.append(nn.BatchNorm2d(width // 2))
+            layers.append(nn.ReLU())  # (N, 128, 8, 8), (N, 64, 16, 16)
+            width = width // 2
+        layers.append(nn.ConvTranspose2d(width, image_channels, **up))  # (N, 3, 32, 32)
+        layers.append(nn.Tanh())  # the range of the data
+        self.model = nn.Sequential(*layers)
         self.apply(init_weights)
 
     def forward(self, z):
-        # at 32 pixels: (N, 100, 1, 1) -> (N, 256, 4, 4) -> (N, 128, 8, 8) -> (N, 64, 16, 16) -> (N, 3, 32, 32)
-        return self.model(z[:, :, None, None])
+        return self.model(z[:, :, None, None])  # from (N, latent_dim, 1, 1)
 
 
 class Discriminator(nn.Module):
-    """Images (N, C, H, W) in [-1, 1] -> logit (N,): its sigmoid is the probability that the image is real."""
+    """Images (N, C, H, W) -> logit (N,): its sigmoid is the probability of real."""
 
     def __init__(self, feature_maps, image_channels, image_size):
         super().__init__()
-        last, halvings = sides(image_size)
-        channels = [image_channels] + [feature_maps * 2**i for i in range(halvings)]  # 3, 64, 128, 256
-        layers = []
-        for i, (before, after) in enumerate(zip(channels, channels[1:])):
-            layers += [nn.Conv2d(before, after, kernel_size=4, stride=2, padding=1, bias=i == 0)]
-            # none on the first layer: the paper found that batch norm next to the pixels makes training oscillate
-            layers += [nn.BatchNorm2d(after)] if i else []
-            layers += [nn.LeakyReLU(0.2)]
-        layers += [nn.Conv2d(channels[-1], 1, kernel_size=last, stride=1, padding=0)]
+        side, halvings = SIDES[image_size]
+        width = feature_maps
+        down = dict(kernel_size=4, stride=2, padding=1)  # half the side
+        # The first layer has no batch norm: DCGAN's paper found that next to
+        # the pixels it makes training oscillate.
+        layers = [nn.Conv2d(image_channels, width, **down)]
+        # negative inputs have a slope too, since G learns only from D's
+        # gradients
+        layers.append(nn.LeakyReLU(0.2))  # (N, 64, 16, 16)
+        for _ in range(halvings - 1):
+            layers.append(nn.Conv2d(width, 2 * width, bias=False, **down))
+            layers.append(nn.BatchNorm2d(2 * width))
+            layers.append(nn.LeakyReLU(0.2))  # (N, 128, 8, 8), (N, 256, 4, 4)
+            width = 2 * width
+        layers.append(nn.Conv2d(width, 1, kernel_size=side))  # (N, 1, 1, 1)
         self.model = nn.Sequential(*layers)
         self.apply(init_weights)
 
     def forward(self, x):
-        # at 32 pixels: (N, 3, 32, 32) -> (N, 64, 16, 16) -> (N, 128, 8, 8) -> (N, 256, 4, 4) -> (N, 1, 1, 1)
         return self.model(x).flatten()
 
 
 def init_weights(module):
-    """The paper's for convolutions, N(0, 0.02^2); its authors' code has N(1, 0.02^2) for batch norm scales."""
+    """Weights of convolutions from N(0, 0.02^2), as the paper says (section 4).
+
+    The scales of batch norm from N(1, 0.02^2), as in its authors' code.
+    """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
@@ -106,135 +146,244 @@ def init_weights(module):
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Cross-entropy of D, -log D(x) - log(1 - D(G(z))), each a mean over the batch: Goodfellow et al. 2014, eq. (1).
+    """Cross-entropy of D in nats: the negative of eq. (1) of Goodfellow et al. 2014.
 
-    With D = sigmoid(l): -log D = softplus(-l) and -log(1 - D) = softplus(l). At D = 1/2 everywhere: 2 log 2 = 1.386.
+    It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of the logit. Both
+    halves are means over the batch. At D = 1/2 everywhere the sum is 2 log 2
+    = 1.386.
     """
-    return F.softplus(-real_logits).mean() + F.softplus(fake_logits).mean()
+    real_targets = torch.ones_like(real_logits)
+    fake_targets = torch.zeros_like(fake_logits)
+    real_loss = F.binary_cross_entropy_with_logits(real_logits, real_targets)
+    fake_loss = F.binary_cross_entropy_with_logits(fake_logits, fake_targets)
+    return real_loss + fake_loss
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss, -log D(G(z)) = softplus(-l), mean over the batch (the same paper, end of section 3)."""
-    return F.softplus(-fake_logits).mean()
+    """Non-saturating loss -log D(G(z)), mean over the batch (section 3 of Goodfellow et al.).
+
+    The minimax form log(1 - D(G(z))) has a vanishing gradient just when G is
+    bad and D knows.
+    """
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+
+def mean_distance(images):
+    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    return F.pdist(images.flatten(1).cpu()).mean().item()
+
+
+def make_networks(train, latent_dim, feature_maps, image_channels):
+    """(generator, its average, discriminator) for images such as those of `train`."""
+    image_size = train.pixels.shape[2]
+    generator = Generator(latent_dim, feature_maps, image_channels, image_size)
+    ema_generator = Generator(latent_dim, feature_maps, image_channels, image_size)
+    ema_generator.load_state_dict(generator.state_dict())
+    ema_generator.requires_grad_(False).eval()
+    discriminator = Discriminator(feature_maps, image_channels, image_size)
+    networks = generator, ema_generator, discriminator
+    return [network.to(train.device) for network in networks]
+
+
+def make_adam(network, lr):
+    """Adam with DCGAN's beta1 of 0.5: with 0.9 the two networks swing about each other.
+
+    `fused` updates all tensors of a network in one call.
+    """
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999), fused=True)
 
 
 class Trainer:
-    """Both networks, the averaged generator, the optimisers, and the training loop."""
+    """The networks, their optimisers, and the training loop. train, test: two common.Images."""
 
-    def __init__(self, run, train, score, generator_lr, discriminator_lr, ema_decay, score_every):
-        self.run, self.train, self.score, self.ema_decay, self.score_every = run, train, score, ema_decay, score_every
-        kwargs, device = run.model_kwargs, run.device
-        self.latent_dim = kwargs["latent_dim"]
-        self.generator = Generator(**kwargs).to(device)
-        self.ema_generator = Generator(**kwargs).to(device).requires_grad_(False).eval()
-        self.ema_generator.load_state_dict(self.generator.state_dict())
-        pairs = zip(self.ema_generator.state_dict().values(), self.generator.state_dict().values())
-        self.averaged = [(ema, now) for ema, now in pairs if ema.is_floating_point()]  # counters are not averaged
-        sizes = {key: kwargs[key] for key in ("feature_maps", "image_channels", "image_size")}
-        self.discriminator = Discriminator(**sizes).to(device)
-        adam = dict(betas=(0.5, 0.999), fused=True)  # the paper's beta1; fused is one call for all tensors
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=generator_lr, **adam)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=discriminator_lr, **adam)
-        self.fixed_z = torch.randn(500, self.latent_dim).to(device)  # every picture is drawn from these
-        reals = train.batch(torch.arange(min(500, len(train)), device=device))[0]
-        self.real_distance = common.mean_distance(reals)
+    def __init__(
+        self,
+        run,
+        train,
+        test,
+        *,
+        latent_dim,
+        feature_maps,
+        image_channels,
+        num_epochs,
+        generator_lr,
+        discriminator_lr,
+        ema_decay,
+        score_every,
+        score_features,
+        output_dir,
+    ):
+        self.run, self.train = run, train
+        self.latent_dim, self.ema_decay = latent_dim, ema_decay
+        self.num_epochs, self.folder = num_epochs, Path(output_dir)
+        self.generator, self.ema_generator, self.discriminator = make_networks(
+            train, latent_dim, feature_maps, image_channels
+        )
+        # tensors on the device, because a CUDA graph would freeze a number
+        self.generator_lr = torch.tensor(generator_lr, device=train.device)
+        self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
+        self.generator_optimizer = make_adam(self.generator, self.generator_lr)
+        self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
+        # every picture is drawn from these, so that epochs can be compared
+        self.fixed_z = torch.randn(500, latent_dim).to(train.device)
+        real_images, _ = train.batch(torch.arange(min(500, len(train)), device=train.device))
+        self.real_distance = mean_distance(real_images)
+        self.score_every, self.scorer = score_every, None
+        if score_every:
+            self.scorer = fid.Scorer(train, test, score_features, num_images=10000)
 
     def step(self, real):
-        """One step of D, then one of G. real (N, C, H, W) in [-1, 1]; returns scalars, still on the device."""
+        """One step of D, then one of G. real (N, C, H, W) in [-1, 1]; returns scalars.
+
+        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
+        counter, an .item() or another Python number would be frozen at its
+        first value. Change tensors instead. The scalars become columns of the
+        history, as means over the epoch's images: for another one, add it to
+        the dict that is returned.
+        """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
         fake = self.generator(z)  # (N, C, H, W)
 
-        # real and fake in passes of their own: each batch norm sees one kind of image, as the paper's authors advise
+        # Each half in a pass of its own: batch norm sees one kind of image at
+        # a time, as DCGAN's authors advise. Detached images teach only D.
         real_logits = self.discriminator(real)  # (N,)
-        fake_logits = self.discriminator(fake.detach())  # detached: this loss teaches only D
+        fake_logits = self.discriminator(fake.detach())  # (N,)
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        training.average_gradients(self.discriminator_optimizer)
+        # with torchrun: the mean over all processes; alone it does nothing
+        training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt; `inputs` spares the gradients of D's weights
+        # G is judged by the D that has just learnt. `inputs` leaves out the
+        # gradients of D's weights, which nobody needs.
         g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
-        training.average_gradients(self.generator_optimizer)
+        training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
-        self.average()
+        self.update_ema()
 
-        return {"discriminator loss": d_loss, "generator loss": g_loss,
-                "D(x)": real_logits.sigmoid().mean(), "D(G(z))": fake_logits.sigmoid().mean()}
+        return {
+            "discriminator loss": d_loss,
+            "generator loss": g_loss,
+            "D(x)": real_logits.sigmoid().mean(),
+            "D(G(z))": fake_logits.sigmoid().mean(),
+        }
 
     @torch.no_grad()
-    def average(self):
-        """ema = decay ema + (1 - decay) G, for weights and batch norm statistics alike.
+    def update_ema(self):
+        """ema = decay ema + (1 - decay) G, for weights and for batch norm's statistics.
 
-        The decay grows from 0.18 as (1 + t) / (10 + t) to ema_decay, so that the first weights are soon forgotten.
+        After t steps the decay is (1 + t) / (10 + t), at most ema_decay, so
+        that the first weights are soon forgotten. With 0.999 it is an average
+        over about 1000 steps.
         """
-        t = self.generator.model[1].num_batches_tracked  # batch norm counts the steps, on the device
-        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
-        for ema, now in self.averaged:
-            ema.lerp_(now, weight)
+        # batch norm counts the steps on the device
+        t = self.generator.model[1].num_batches_tracked
+        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
+        averaged = self.ema_generator.state_dict()
+        for name, value in self.generator.state_dict().items():
+            if value.is_floating_point():  # counters are not averaged
+                averaged[name].lerp_(value, weight)
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1] of the averaged generator, in eval mode."""
+        """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1].
+
+        They are of the averaged generator in eval mode, in which batch norm
+        does not make a picture depend on the others of its batch.
+        """
         return self.ema_generator(z)
 
-    def draw(self, index):
-        """As many new images, (N, C, H, W) in [-1, 1], as index (N,) is long."""
-        return self.sample(torch.randn(len(index), self.latent_dim, device=self.run.device))
+    def generate(self, index):
+        """A new image for each entry of index (N,), for the scorer."""
+        z = torch.randn(len(index), self.latent_dim, device=self.train.device)
+        return self.sample(z)
 
     def fit(self):
-        """Train to num_epochs, continuing from a checkpoint if there is one."""
+        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
         run = self.run
-        state = {"generator": self.generator, "ema_generator": self.ema_generator, "discriminator": self.discriminator,
-                 "generator_optimizer": self.generator_optimizer,
-                 "discriminator_optimizer": self.discriminator_optimizer}
-        step = run.fast_step(self.step)
-        for epoch in run.epochs(self.train, state):
-            for images, _ in run.batches():
-                run.log(step(images))
+        state = {
+            "generator": self.generator,
+            "ema_generator": self.ema_generator,
+            "discriminator": self.discriminator,
+            "generator_optimizer": self.generator_optimizer,
+            "discriminator_optimizer": self.discriminator_optimizer,
+        }
+        for epoch in run.epochs(self.train, state, self.num_epochs):
+            # A decay goes here; epochs count from 1, in a continued run too:
+            #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
+            for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
+                run.train_step(self.step, images)
+                # A picture every 100 steps goes here:
+                #     if run.step % 100 == 0:
+                #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1 is as varied as the data; towards 0 the samples become all alike: mode collapse
-            measured = {"diversity": common.mean_distance(samples) / self.real_distance}
-            if self.score:  # nan, not drawn, in the epochs between
-                measured[self.score.name] = self.score(self.draw) if epoch % self.score_every == 0 else float("nan")
-            run.end_epoch(**measured)
-            if run.sampling:
-                common.save_grid(samples[:64], run.folder / f"generated_image_epoch_{epoch}.png", columns=8)
-                panels = {"loss (nats)": ["discriminator loss", "generator loss"],
-                          "probability of being real": ["D(x)", "D(G(z))"],
-                          "mean distance, real images = 1": ["diversity"]}
-                if self.score:
-                    panels[f"{self.score.name} (N {self.score.n:,})"] = [self.score.name]
-                common.save_curves(run.history, panels, f"main_dcgan on {self.train.name}",
-                                   run.folder / f"train_loss_curve_{epoch}.png")
-                run.save_weights(generator=self.ema_generator)
+            # 1 is as varied as the data; towards 0 all samples become alike:
+            # mode collapse
+            diversity = mean_distance(samples) / self.real_distance
+            # what is measured once an epoch becomes a column by this dict
+            measured = {"diversity": diversity}
+            if self.scorer and epoch % self.score_every == 0:
+                measured |= self.scorer(self.generate)
+            history = run.end_epoch(measured)
+            if run.pictures_due:
+                self.draw(epoch)
+                self.draw_curves(history, epoch)
+                run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.ema_generator)
+
+    def draw(self, epoch):
+        """Write sixty-four samples as a picture."""
+        samples = self.sample(self.fixed_z[:64])
+        common.save_grid(samples, self.folder / f"generated_image_epoch_{epoch}.png", columns=8)
+
+    def draw_curves(self, history, epoch):
+        """Write the history so far, a list of rows {column: value}, as curves."""
+        panels = {
+            "loss (nats)": ["discriminator loss", "generator loss"],
+            "probability of being real": ["D(x)", "D(G(z))"],
+            "mean distance, real images = 1": ["diversity"],
+        }
+        if self.scorer:
+            label = f"{self.scorer.name} (N {self.scorer.num_images:,})"
+            panels[label] = [self.scorer.name]
+        title = f"main_dcgan on {self.train.name}"
+        common.save_curves(history, panels, title, self.folder / f"train_loss_curve_{epoch}.png")
 
 
 def load_generator(weights_path):
-    """Rebuild the generator of a weights_epoch_{E}.pt, in eval mode. Raises common.BadInput for any other file."""
-    weights = common.load(weights_path, "main_dcgan", "generator")
-    generator = Generator(**weights["model_kwargs"])
+    """The generator of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+
+    To sample: load_generator(path)(torch.randn(16, 100)) gives (16, C, H, W).
+    """
+    weights = common.load_weights(weights_path, "main_dcgan", "generator")
+    side = weights["data"]["shape"][1]
+    generator = Generator(**weights["model_kwargs"], image_size=side)
     generator.load_state_dict(weights["generator"])
     return generator.eval()
 
 
-def main(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train with the given settings; returns the Trainer."""
-    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
-    kind = dataset_kwargs["dataset_type"]
-    size = dataset_kwargs["image_size"] or {"mnist": 28, "digits": 28, "sprites": 16}.get(kind, 32)
-    channels = 1 if kind == "mnist" else model_kwargs["image_channels"]
-    run.model_kwargs.update(image_channels=channels, image_size=size)  # sampling rebuilds the networks from these
-    train, test = datasets.load_data(**{**dataset_kwargs, "image_size": size}, channels=channels, device=run.device)
-    features, score = run.trainer_kwargs.pop("score_features"), None
-    if trainer_kwargs["score_every"]:
-        score = fid.Scorer(train, test, 10000, features, dataset_kwargs["data_dir"])
-    trainer = Trainer(run, train, score, **run.trainer_kwargs)
+def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
+    """Train with the given settings; returns the Trainer.
+
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
+    here or in the dict above. It gives (image, label): a Pillow image or a
+    tensor (C, H, W), uint8 or in [0, 1].
+    """
+    check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
+    if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
+        model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    train, test = common.load_data(
+        **dataset_kwargs,
+        image_channels=model_kwargs["image_channels"],
+        device=run_kwargs["device"],
+    )
+    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs)
     trainer.fit()
     return trainer
 
 
 if __name__ == "__main__":
-    common.run(main, model_kwargs, dataset_kwargs, trainer_kwargs)
+    common.run_script(main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)

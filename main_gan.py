@@ -1,49 +1,72 @@
 """A fully connected GAN on MNIST: the smallest adversarial pair that draws digits.
 
 paper:  Goodfellow et al. 2014, Generative Adversarial Nets, https://arxiv.org/abs/1406.2661
-run:    python main_gan.py                          (any key below is an option: --num_epochs 20)
+run:    python main_gan.py --num_epochs 20          (any key below is such an option)
+        torchrun --nproc_per_node=2 main_gan.py     (two processes share each step)
 writes: mnist_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
-        checkpoint.pt (the same command continues from it), weights_epoch_{E}.pt (for sampling)
-expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37, diversity 0.97; 3.4 min on one core of
-        an AMD EPYC
+        checkpoint.pt, after every epoch (the same command continues from it),
+        weights_epoch_{E}.pt (for sampling)
+expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37, diversity 0.97;
+        3.4 min on one core of an AMD EPYC
 """
+
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
-import datasets
 import training
 
 model_kwargs = {
-    "latent_variable_size": 64,  # >= 1; entries of the latent vector z ~ N(0, I)
-    "discriminator_hidden_size": 256,  # >= 1; width of the discriminator's two hidden layers
-    "generator_hidden_size": 256,  # >= 1; width of the generator's two hidden layers
-    "image_size": 784,  # >= 1; pixels of a flattened grey image, a square number: 784 is 28 x 28
+    "latent_variable_size": 64,  # entries of the latent vector z ~ N(0, I)
+    "discriminator_hidden_size": 256,  # width of the discriminator's two hidden layers
+    "generator_hidden_size": 256,  # width of the generator's two hidden layers
+    "image_size": 784,  # pixels of a flattened grey image: 784 is 28 x 28
 }
 dataset_kwargs = {
-    "dataset_type": "mnist",  # mnist | cifar10 | folder | digits; all in grey; digits is the bundled sample of MNIST
-    "batch_size": 16,  # >= 1; images a step
+    "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
+    "batch_size": 16,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, where the data cannot be had
+    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
 }
 trainer_kwargs = {
-    "num_epochs": 200,  # >= 0; may grow later: the run continues; 0 only checks settings and data
-    "generator_lr": 0.0002,  # > 0; Adam's learning rate
-    "discriminator_lr": 0.0002,  # > 0; Adam's learning rate
-    "real_label": 0.9,  # in [0, 1]; target for real images: below 1 keeps D from growing sure of itself
-    "fake_label": 0.1,  # in [0, 1]; target for generated images
+    "num_epochs": 200,  # may grow later: the run continues; 0 only checks settings and data
+    "generator_lr": 0.0002,  # Adam's learning rate
+    "discriminator_lr": 0.0002,  # Adam's learning rate
+    "real_label": 0.9,  # target for real images: below 1 it keeps D from growing too sure
+    "fake_label": 0.1,  # target for generated images
     "output_dir": "mnist_GAN",  # everything is written there
-    "sample_every": 50,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
-    "num_threads": 1,  # >= 0; CPU threads; layers this small gain little from a second; 0 is torch's own choice
-    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
-    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
+run_kwargs = {
+    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
+    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
+    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
+}
+
+
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}.
+
+    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    """
+    for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    side = math.isqrt(max(0, settings["image_size"]))
+    squares = "a square number such as 784 (28 x 28) or 1024 (32 x 32)"
+    is_square = side >= 1 and settings["image_size"] == side**2
+    common.require(is_square, f"image_size must be {squares}")
+    common.require(settings["num_epochs"] >= 0, "num_epochs must be at least 0")
+    for key in ("generator_lr", "discriminator_lr"):
+        common.require(settings[key] > 0, f"{key} must be above 0")
+    for key in ("real_label", "fake_label"):
+        common.require(0 <= settings[key] <= 1, f"{key} must be between 0 and 1")
 
 
 class Generator(nn.Module):
@@ -61,8 +84,10 @@ class Generator(nn.Module):
         )
         for layer in self.model:
             if isinstance(layer, nn.Linear):
-                # He et al. 2015. torch's own start is 2.4 times smaller, and from there D ran away from G on MNIST:
-                # the samples' diversity fell to 0.00001 by epoch 13; from this start it was 0.92 after 4 epochs
+                # He et al. 2015. torch's own start is 2.4 times smaller, and
+                # from there D ran away from G on MNIST: the diversity of the
+                # samples fell to 0.00001 by epoch 13. From this start it was
+                # 0.92 after 4 epochs.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -71,13 +96,15 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Flattened image (N, image_size) -> logit (N,): its sigmoid is the probability that the image is real."""
+    """Flattened image (N, image_size) -> logit (N,): its sigmoid is the probability of real."""
 
     def __init__(self, image_size, discriminator_hidden_size):
         super().__init__()
         self.model = nn.Sequential(
             nn.Linear(image_size, discriminator_hidden_size),
-            nn.LeakyReLU(0.2),  # a slope for negative inputs too: G learns only from gradients that come through D
+            # negative inputs have a slope too, since G learns only from D's
+            # gradients
+            nn.LeakyReLU(0.2),
             nn.Linear(discriminator_hidden_size, discriminator_hidden_size),
             nn.LeakyReLU(0.2),
             nn.Linear(discriminator_hidden_size, 1),
@@ -88,117 +115,203 @@ class Discriminator(nn.Module):
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
-    """Cross-entropy of D, minus eq. (1) of the paper with smoothed targets; each half is a mean over the batch.
+    """Cross-entropy of D in nats; with targets 1 and 0 it is the negative of eq. (1).
 
-    For target t and D = sigmoid(l): -t log D - (1 - t) log(1 - D) = softplus(l) - t l. At D = 1/2 everywhere the sum
-    is 2 log 2 = 1.386, whatever the targets. With 0.9 and 0.1 it cannot fall below 0.650: there D says just these.
+    For a target t it is -t log D - (1 - t) log(1 - D), with D the sigmoid of
+    the logit. Both halves are means over the batch. At D = 1/2 everywhere the
+    sum is 2 log 2 = 1.386, whatever the targets. With 0.9 and 0.1 it cannot
+    fall below 0.650, where D answers 0.9 and 0.1.
     """
-    real = F.softplus(real_logits) - real_label * real_logits
-    fake = F.softplus(fake_logits) - fake_label * fake_logits
-    return real.mean() + fake.mean()
+    real_targets = torch.full_like(real_logits, real_label)
+    fake_targets = torch.full_like(fake_logits, fake_label)
+    real_loss = F.binary_cross_entropy_with_logits(real_logits, real_targets)
+    fake_loss = F.binary_cross_entropy_with_logits(fake_logits, fake_targets)
+    return real_loss + fake_loss
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss, -log D(G(z)) = softplus(-l), mean over the batch (end of section 3 of the paper).
+    """Non-saturating loss -log D(G(z)), mean over the batch (end of section 3 of the paper).
 
-    The minimax form log(1 - D(G(z))) has a vanishing gradient exactly when G is bad and D knows it.
+    The minimax form log(1 - D(G(z))) has a vanishing gradient just when G is
+    bad and D knows.
     """
-    return F.softplus(-fake_logits).mean()
+    return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
+
+
+def mean_distance(images):
+    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
 class Trainer:
-    """Both networks, their optimisers, and the training loop."""
+    """Both networks, their optimisers, and the training loop. train: a common.Images."""
 
-    def __init__(self, run, train, generator_lr, discriminator_lr, real_label, fake_label):
-        self.run, self.train, self.labels = run, train, (real_label, fake_label)
-        kwargs, device = run.model_kwargs, run.device
-        self.latent_size, image_size = kwargs["latent_variable_size"], kwargs["image_size"]
-        self.generator = Generator(self.latent_size, kwargs["generator_hidden_size"], image_size).to(device)
-        self.discriminator = Discriminator(image_size, kwargs["discriminator_hidden_size"]).to(device)
-        # beta1 of 0.5 is DCGAN's: with 0.9 the two networks swing about each other; fused is one call for all tensors
+    def __init__(
+        self,
+        run,
+        train,
+        *,
+        latent_variable_size,
+        discriminator_hidden_size,
+        generator_hidden_size,
+        image_size,
+        num_epochs,
+        generator_lr,
+        discriminator_lr,
+        real_label,
+        fake_label,
+        output_dir,
+    ):
+        self.run, self.train = run, train
+        self.latent_variable_size = latent_variable_size
+        self.num_epochs, self.folder = num_epochs, Path(output_dir)
+        self.real_label, self.fake_label = real_label, fake_label
+        device = train.device
+        self.generator = Generator(latent_variable_size, generator_hidden_size, image_size)
+        self.generator.to(device)
+        self.discriminator = Discriminator(image_size, discriminator_hidden_size).to(device)
+        # tensors on the device, because a CUDA graph would freeze a number
+        self.generator_lr = torch.tensor(generator_lr, device=device)
+        self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
+        # beta1 of 0.5 is DCGAN's: with 0.9 the two networks swing about each
+        # other. `fused` updates all tensors of a network in one call.
         adam = dict(betas=(0.5, 0.999), fused=True)
-        self.generator_optimizer = torch.optim.Adam(self.generator.parameters(), lr=generator_lr, **adam)
-        self.discriminator_optimizer = torch.optim.Adam(self.discriminator.parameters(), lr=discriminator_lr, **adam)
-        self.fixed_z = torch.randn(500, self.latent_size).to(device)  # every picture is drawn from these
-        reals = train.batch(torch.arange(min(500, len(train)), device=device))[0]
-        self.real_distance = common.mean_distance(reals)
+        self.generator_optimizer = torch.optim.Adam(
+            self.generator.parameters(), lr=self.generator_lr, **adam
+        )
+        self.discriminator_optimizer = torch.optim.Adam(
+            self.discriminator.parameters(), lr=self.discriminator_lr, **adam
+        )
+        # every picture is drawn from these, so that epochs can be compared
+        self.fixed_z = torch.randn(500, latent_variable_size).to(device)
+        real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
+        self.real_distance = mean_distance(real_images)
 
     def step(self, real):
-        """One step of D, then one of G. real (N, image_size) in [-1, 1]; returns scalars, still on the device."""
-        z = torch.randn(len(real), self.latent_size, device=real.device)
+        """One step of D, then one of G. real (N, image_size) in [-1, 1]; returns scalars.
+
+        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
+        counter, an .item() or another Python number would be frozen at its
+        first value. Change tensors instead. The scalars become columns of the
+        history, as means over the epoch's images: for another one, add it to
+        the dict that is returned.
+        """
+        z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
 
-        # D sees both halves in one pass, which is safe only because it has no batch norm; detached, it teaches only D
+        # D sees both halves in one pass, which is safe because it has no
+        # batch norm. Detached images teach only D.
         logits = self.discriminator(torch.cat([real, fake.detach()]))  # (2N,)
-        real_logits, fake_logits = logits.chunk(2)
-        d_loss = discriminator_loss(real_logits, fake_logits, *self.labels)
+        real_logits, fake_logits = logits.chunk(2)  # (N,) each
+        d_loss = discriminator_loss(real_logits, fake_logits, self.real_label, self.fake_label)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        training.average_gradients(self.discriminator_optimizer)
+        # with torchrun: the mean over all processes; alone it does nothing
+        training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt; `inputs` spares the gradients of D's weights
+        # G is judged by the D that has just learnt. `inputs` leaves out the
+        # gradients of D's weights, which nobody needs.
         g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
-        training.average_gradients(self.generator_optimizer)
+        training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
 
-        d_real, d_fake = logits.detach().sigmoid().chunk(2)
-        return {"discriminator loss": d_loss, "generator loss": g_loss,
-                "D(x)": d_real.mean(), "D(G(z))": d_fake.mean()}
+        return {
+            "discriminator loss": d_loss,
+            "generator loss": g_loss,
+            "D(x)": real_logits.sigmoid().mean(),
+            "D(G(z))": fake_logits.sigmoid().mean(),
+        }
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_variable_size) -> grey images (N, 1, H, W) in [-1, 1], in eval mode."""
-        self.generator.eval()
-        images = self.generator(z).unflatten(1, self.train.pixels.shape[1:])
-        self.generator.train()
-        return images
+        """z (N, latent_variable_size) -> grey images (N, 1, H, W) in [-1, 1].
+
+        There is no dropout and no batch norm, so eval mode would make no
+        difference.
+        """
+        return self.generator(z).unflatten(1, self.train.pixels.shape[1:])
 
     def fit(self):
-        """Train to num_epochs, continuing from a checkpoint if there is one."""
+        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
         run = self.run
-        state = {"generator": self.generator, "discriminator": self.discriminator,
-                 "generator_optimizer": self.generator_optimizer,
-                 "discriminator_optimizer": self.discriminator_optimizer}
-        step = run.fast_step(self.step)
-        for epoch in run.epochs(self.train, state):
-            for images, _ in run.batches():
-                run.log(step(images.flatten(1)))
+        state = {
+            "generator": self.generator,
+            "discriminator": self.discriminator,
+            "generator_optimizer": self.generator_optimizer,
+            "discriminator_optimizer": self.discriminator_optimizer,
+        }
+        for epoch in run.epochs(self.train, state, self.num_epochs):
+            # A decay goes here; epochs count from 1, in a continued run too:
+            #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
+            for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
+                run.train_step(self.step, images.flatten(1))
+                # A picture every 100 steps goes here:
+                #     if run.step % 100 == 0:
+                #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1 is as varied as the data; towards 0 the samples become all alike: mode collapse
-            run.end_epoch(diversity=common.mean_distance(samples) / self.real_distance)
-            if run.sampling:
-                common.save_grid(samples[:16], run.folder / f"generated_image_epoch_{epoch}.png", columns=4)
-                common.save_curves(run.history, {"loss (nats)": ["discriminator loss", "generator loss"],
-                                                 "probability of being real": ["D(x)", "D(G(z))"],
-                                                 "mean distance, real images = 1": ["diversity"]},
-                                   f"main_gan on {self.train.name}", run.folder / f"train_loss_curve_{epoch}.png")
-                run.save_weights(generator=self.generator)
+            # 1 is as varied as the data; towards 0 all samples become alike:
+            # mode collapse
+            diversity = mean_distance(samples) / self.real_distance
+            # what is measured once an epoch becomes a column by this dict
+            history = run.end_epoch({"diversity": diversity})
+            if run.pictures_due:
+                self.draw(epoch)
+                self.draw_curves(history, epoch)
+                run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.generator)
+
+    def draw(self, epoch):
+        """Write sixteen samples as a picture."""
+        samples = self.sample(self.fixed_z[:16])
+        common.save_grid(samples, self.folder / f"generated_image_epoch_{epoch}.png", columns=4)
+
+    def draw_curves(self, history, epoch):
+        """Write the history so far, a list of rows {column: value}, as curves."""
+        panels = {
+            "loss (nats)": ["discriminator loss", "generator loss"],
+            "probability of being real": ["D(x)", "D(G(z))"],
+            "mean distance, real images = 1": ["diversity"],
+        }
+        title = f"main_gan on {self.train.name}"
+        common.save_curves(history, panels, title, self.folder / f"train_loss_curve_{epoch}.png")
 
 
 def load_generator(weights_path):
-    """Rebuild the generator of a weights_epoch_{E}.pt, in eval mode. Raises common.BadInput for any other file."""
-    weights = common.load(weights_path, "main_gan", "generator")
+    """The generator of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+
+    To sample: load_generator(path)(torch.randn(16, 64)) gives (16, 784), each
+    28 x 28.
+    """
+    weights = common.load_weights(weights_path, "main_gan", "generator")
     kwargs = weights["model_kwargs"]
-    generator = Generator(kwargs["latent_variable_size"], kwargs["generator_hidden_size"], kwargs["image_size"])
+    generator = Generator(
+        kwargs["latent_variable_size"], kwargs["generator_hidden_size"], kwargs["image_size"]
+    )
     generator.load_state_dict(weights["generator"])
     return generator.eval()
 
 
-def main(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train with the given settings; returns the Trainer."""
-    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
-    image_size = model_kwargs["image_size"]
-    side = math.isqrt(image_size)
-    if side**2 != image_size:
-        raise common.BadInput(f"image_size {image_size} is no square number; legal: 784 (28 x 28), 1024 (32 x 32), ...")
-    train, _ = datasets.load_data(**dataset_kwargs, image_size=side, channels=1, device=run.device)
-    trainer = Trainer(run, train, **run.trainer_kwargs)
+def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
+    """Train with the given settings; returns the Trainer.
+
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
+    here or in the dict above. It gives (image, label): a Pillow image or a
+    tensor (C, H, W), uint8 or in [0, 1].
+    """
+    check_settings({**model_kwargs, **trainer_kwargs})
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    train, _ = common.load_data(
+        **dataset_kwargs,
+        image_size=math.isqrt(model_kwargs["image_size"]),
+        image_channels=1,
+        device=run_kwargs["device"],
+    )
+    trainer = Trainer(run, train, **model_kwargs, **trainer_kwargs)
     trainer.fit()
     return trainer
 
 
 if __name__ == "__main__":
-    common.run(main, model_kwargs, dataset_kwargs, trainer_kwargs)
+    common.run_script(main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)

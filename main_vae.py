@@ -1,56 +1,83 @@
-"""A fully connected variational autoencoder (VAE) on MNIST; a pixel is a Bernoulli variable: ink or none.
+"""A fully connected variational autoencoder (VAE) on MNIST: each pixel is a coin, ink or none.
 
 paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
-        Burda et al. 2015, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519 (the bound at the end)
-run:    python main_vae.py                          (any key below is an option: --num_epochs 20)
-writes: mnist_VAE/: generated_image_epoch_{E}.png, reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
-        history.csv, log_likelihood.csv, checkpoint.pt (the same command continues from it),
+        Burda et al. 2015, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
+        (the bound that is measured at the end)
+run:    python main_vae.py                  (any key below is an option: --num_epochs 20)
+writes: mnist_VAE/: generated_image_epoch_{E}.png, reconstruction_epoch_{E}.png,
+        train_loss_curve_{E}.png, history.csv,
+        checkpoint.pt (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
-expect: test loss 96.9 nats per image after 50 epochs of MNIST (below 100 from the 15th), KL 24.3, log p(x) >= -93.4
-        with k = 50; bfloat16, --num_threads 1, seed 0: 16 min on one shared core of an AMD EPYC, torch 2.15
+expect: MNIST, 50 epochs, seed 0, bfloat16: test loss 96.9 nats per image (below 100 from epoch
+        15 on), KL 24.3, log p(x) >= -93.4 with 50 samples; 16 min on one core of an AMD EPYC
 """
+
 import math
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import common
-import datasets
 import training
 
 model_kwargs = {
-    "hidden_size": 1024,  # >= 1; width of the two hidden layers of encoder and decoder
-    "latent_dim": 32,  # >= 1; entries of z; 23 are in use after 50 epochs, the others only add noise to the decoder
-    "image_size": 784,  # >= 1; pixels of a flattened grey image, a square number: 784 is 28 x 28
+    "hidden_size": 1024,  # width of the two hidden layers of encoder and decoder
+    "latent_dim": 32,  # entries of z; after 50 epochs 23 are in use, the others are only noise
+    "image_size": 784,  # pixels of a flattened grey image: 784 is 28 x 28
 }
 dataset_kwargs = {
-    "dataset_type": "mnist",  # mnist | cifar10 | folder | digits; all in grey; digits is the bundled sample of MNIST
-    "batch_size": 128,  # >= 1; images a step; Adam rewrites every weight once a step, which makes 16 slow
+    "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
+    "batch_size": 128,  # images a step; 16 is slow, since Adam rewrites every weight once a step
     "shuffle": True,  # a new order every epoch
-    "normalize": False,  # pixels in [0, 1], as the likelihood needs them; true ([-1, 1]) is refused
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder: the directory of images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, where the data cannot be had
-    "exclude_class": -1,  # >= -1; a label that is left out, for detect_vae_anomalies.py to find; -1 keeps all
+    "normalize": False,  # pixels in [0, 1], which the likelihood needs; true ([-1, 1]) is refused
+    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
+    "exclude_class": -1,  # a label to leave out, for detect_vae_anomalies.py to find; -1 keeps all
 }
 trainer_kwargs = {
-    "num_epochs": 50,  # >= 0; may grow later: the run continues; 0 only checks settings and data
-    "lr": 0.001,  # > 0; Adam's learning rate in the first epoch
-    "lr_half_life": 10.0,  # >= 0; epochs in which the learning rate halves; 0 keeps it constant
-    "precision": "auto",  # auto | float32 | tf32 | bfloat16; of the networks' arithmetic; auto: bfloat16 if fast
-    "iwae_samples": 50,  # >= 0; k of the importance-weighted bound on the test split after training; 0 leaves it out
+    "num_epochs": 50,  # may grow later: the run continues; 0 only checks settings and data
+    "lr": 0.001,  # Adam's learning rate in the first epoch
+    "lr_half_life": 10.0,  # epochs in which the learning rate halves; 0 keeps it constant
+    "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto: bfloat16 where it is fast
+    "iwae_samples": 50,  # samples per image of the bound after the last epoch; 0 leaves it out
     "output_dir": "mnist_VAE",  # everything is written there
-    "sample_every": 10,  # >= 1; epochs between pictures; one also after the first epoch and the last
-    "seed": 0,  # in [0, 4294967295]; of weights, order and noise: on a CPU the same seed gives the same bytes
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cpu or cuda:1
-    "num_threads": 0,  # >= 0; CPU threads; 0 is torch's own choice, all cores
-    "cuda_graph": True,  # on an NVIDIA GPU each step is recorded once and replayed; false is the plain loop
-    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
 }
+run_kwargs = {
+    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
+    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
+    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "sample_every": 10,  # epochs between pictures; also after the first epoch and the last
+}
+
+
+def check_settings(settings):
+    """Refuse impossible values in one line, before any work. settings: {key: value}.
+
+    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    """
+    for key in ("hidden_size", "latent_dim"):
+        common.require(settings[key] >= 1, f"{key} must be at least 1")
+    side = math.isqrt(max(0, settings["image_size"]))
+    squares = "a square number such as 784 (28 x 28) or 1024 (32 x 32)"
+    common.require(settings["image_size"] == side**2 > 0, f"image_size must be {squares}")
+    in_range = "normalize must be false: a coin has no likelihood for pixels in [-1, 1]"
+    common.require(not settings["normalize"], in_range)
+    common.require(settings["lr"] > 0, "lr must be above 0")
+    for key in ("num_epochs", "lr_half_life", "iwae_samples"):
+        common.require(settings[key] >= 0, f"{key} must be at least 0")
+    legal = ("auto", "float32", "tf32", "bfloat16")
+    common.require(settings["precision"] in legal, f"precision must be one of {', '.join(legal)}")
 
 
 class Encoder(nn.Module):
-    """Images in [0, 1], flat or (N, 1, H, W) -> mu and logvar of q(z|x) = N(mu, sigma^2), both (N, latent_dim)."""
+    """Images in [0, 1] -> mu and logvar of q(z|x) = N(mu, sigma^2), both (N, latent_dim).
+
+    The images are (N, image_size) or (N, 1, H, W).
+    """
 
     def __init__(self, hidden_size, latent_dim, image_size):
         super().__init__()
@@ -61,16 +88,19 @@ class Encoder(nn.Module):
             nn.ReLU(),
         )
         self.fc_mean = nn.Linear(hidden_size, latent_dim)
-        self.fc_logvar = nn.Linear(hidden_size, latent_dim)  # log sigma^2: any real number is legal, sigma stays > 0
+        # log sigma^2 may be any real number, and sigma stays above 0
+        self.fc_logvar = nn.Linear(hidden_size, latent_dim)
         self.apply(init_weights)
 
     def forward(self, x):
-        features = self.model(x.flatten(1))
-        return self.fc_mean(features).float(), self.fc_logvar(features).float()
+        features = self.model(x.flatten(1))  # (N, hidden_size)
+        mu = self.fc_mean(features)  # (N, latent_dim)
+        logvar = self.fc_logvar(features)  # (N, latent_dim)
+        return mu.float(), logvar.float()
 
 
 class Decoder(nn.Module):
-    """z (N, latent_dim) -> logits of the pixels (N, image_size): their sigmoid is the probability of ink."""
+    """z (N, latent_dim) -> logits (N, image_size): their sigmoid is the probability of ink."""
 
     def __init__(self, hidden_size, latent_dim, image_size):
         super().__init__()
@@ -88,177 +118,283 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> flattened images (N, image_size) in [0, 1]: the coins' probabilities, not tosses."""
+        """z (N, latent_dim) -> flattened images (N, image_size) in [0, 1].
+
+        A pixel is the probability of its coin, not a toss of it.
+        """
         return self(z).sigmoid()
 
 
 def init_weights(module):
-    """He et al. 2015: no layer shrinks its input, as torch's own start (2.4 times smaller) does."""
+    """He et al. 2015: no layer shrinks its input. torch's own start is 2.4 times smaller."""
     if isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 def reparameterize(mu, logvar):
-    """z = mu + sigma noise, noise ~ N(0, I): a sample of N(mu, sigma^2) through which gradients reach mu and sigma."""
-    return mu + (0.5 * logvar).exp() * torch.randn_like(mu)
+    """z = mu + sigma noise with noise ~ N(0, I), all (N, latent_dim).
+
+    This is a sample of N(mu, sigma^2) through which gradients reach mu and
+    sigma.
+    """
+    sigma = (0.5 * logvar).exp()
+    return mu + sigma * torch.randn_like(mu)
 
 
 def reconstruction_loss(logits, x):
-    """-log p(x|z) of one coin (Bernoulli) a pixel, in nats: summed over pixels, mean over the batch; both (N, pixels).
+    """-log p(x|z) in nats, where each pixel is a coin (Bernoulli). logits, x: (N, image_size).
 
-    -x log p - (1 - x) log(1 - p) with p = sigmoid(l) is softplus(l) - x l. A sum, because log p of an image is the sum
-    over its pixels, as the KL is one over latents: a mean over pixels would weigh the KL 784 times too much. Grey
-    pixels count as the probability of ink, so these nats do not compare with those of binarised MNIST.
+    With p the sigmoid of the logit it is -x log p - (1 - x) log(1 - p),
+    summed over the pixels, mean over the batch. It is a sum because log p of
+    an image is the sum over its pixels, as the KL is one over latents: a mean
+    over pixels would weigh the KL 784 times too much. Grey pixels count as
+    the probability of ink, so these nats do not compare with those that are
+    published for binarised MNIST.
     """
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
 
 def kl_divergence(mu, logvar):
-    """KL(N(mu, sigma^2) || N(0, I)) = 1/2 sum(mu^2 + sigma^2 - log sigma^2 - 1), in nats, mean over the batch.
+    """KL(N(mu, sigma^2) || N(0, I)) in nats. mu, logvar: (N, latent_dim).
 
-    Kingma and Welling, appendix B; summed over latents; both (N, latent_dim).
+    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed over the latents,
+    mean over the batch (Kingma and Welling, appendix B).
     """
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum() / len(mu)
 
 
 def importance_weighted_bound(mu, logvar, log_likelihood, k):
-    """log p(x) >= E log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x), z_i ~ q(z|x) = N(mu, sigma^2): eq. (8) of Burda et al.
+    """A lower bound on log p(x) in nats, (N,): eq. (8) of Burda et al. with k samples.
 
-    mu, logvar (N, D); log_likelihood(z) gives log p(x|z), (N,). Returns (N,) in nats, one draw of what E averages; its
-    mean is the bound. k = 1 is the VAE's own; it grows with k towards log p(x).
+    The bound is the expectation of log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x),
+    where the z_i are drawn from q(z|x) = N(mu, sigma^2); what returns is one
+    draw of it. mu, logvar: (N, D); log_likelihood(z) gives log p(x|z), (N,).
+    With k = 1 it is the VAE's own bound, the negative loss; as k grows, it
+    rises towards log p(x).
     """
-    weights = []
+    log_weights = []
     for _ in range(k):
         noise = torch.randn_like(mu)
         z = mu + (0.5 * logvar).exp() * noise
-        # log p(z) - log q(z|x); the 2 pi cancel
-        log_ratio = 0.5 * (noise.square() + logvar - z.square()).sum(1)
-        weights.append(log_likelihood(z) + log_ratio)
-    return torch.stack(weights).logsumexp(0) - math.log(k)
+        # log p(z) - log q(z|x); the factors of 2 pi cancel
+        log_ratio = 0.5 * (noise.square() + logvar - z.square()).sum(1)  # (N,)
+        log_weights.append(log_likelihood(z) + log_ratio)
+    return torch.stack(log_weights).logsumexp(0) - math.log(k)
 
 
 class Trainer:
-    """Encoder, decoder, optimiser, and the training loop."""
+    """Encoder, decoder, their optimiser, and the training loop. train, test: common.Images."""
 
-    def __init__(self, run, train, test, lr, lr_half_life, precision, iwae_samples):
+    def __init__(
+        self,
+        run,
+        train,
+        test,
+        *,
+        hidden_size,
+        latent_dim,
+        image_size,
+        num_epochs,
+        lr,
+        lr_half_life,
+        precision,
+        iwae_samples,
+        output_dir,
+    ):
         self.run, self.train, self.test = run, train, test
-        self.bfloat16 = common.set_precision(precision, run.device)  # weights and losses are float32 all the same
-        self.lr, self.half_life, self.iwae_samples = lr, lr_half_life or float("inf"), iwae_samples
-        self.encoder = Encoder(**run.model_kwargs).to(run.device)
-        self.decoder = Decoder(**run.model_kwargs).to(run.device)
+        self.num_epochs, self.folder = num_epochs, Path(output_dir)
+        self.first_lr, self.lr_half_life = lr, lr_half_life
+        self.iwae_samples = iwae_samples
+        device = train.device
+        # only the networks compute in bfloat16; their weights and the losses
+        # are float32
+        self.bfloat16 = common.use_bfloat16(precision, device)
+        self.encoder = Encoder(hidden_size, latent_dim, image_size).to(device)
+        self.decoder = Decoder(hidden_size, latent_dim, image_size).to(device)
         parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # fused is one call for all tensors; a learning rate on the device, so that a captured step can change it
-        self.lr_now = torch.tensor(lr, device=run.device)
-        self.optimizer = torch.optim.Adam(parameters, lr=self.lr_now, fused=True)
-        # every picture is drawn from these latents and these test images
-        self.fixed_z = torch.randn(100, run.model_kwargs["latent_dim"]).to(run.device)
-        self.fixed_images = test.batch(torch.linspace(0, len(test) - 1, 50, device=run.device).long())[0]
+        # The learning rate is a tensor on the device, which `fit` changes
+        # with fill_. A CUDA graph would freeze a Python number at its first
+        # value. `fused` updates all tensors in one call.
+        self.lr = torch.tensor(lr, device=device)
+        self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=True)
+        # every picture is drawn from the same latent vectors and the same
+        # test images, so that epochs can be compared
+        self.fixed_z = torch.randn(100, latent_dim).to(device)
+        some = torch.linspace(0, len(test) - 1, 50, device=device).long()
+        self.fixed_images = test.batch(some)[0]  # (50, 1, H, W)
 
     def losses(self, x):
-        """Images x (N, image_size) -> loss, reconstruction, KL in nats per image; z is sampled, also in validation."""
+        """Images x (N, image_size) -> loss, reconstruction and KL, in nats per image.
+
+        z is sampled in validation too, so that train and test losses can be
+        compared.
+        """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = self.encoder(x)
-            logits = self.decoder(reparameterize(mu, logvar))
-        reconstruction, kl = reconstruction_loss(logits, x), kl_divergence(mu, logvar)
+            z = reparameterize(mu, logvar)
+            logits = self.decoder(z)
+        reconstruction = reconstruction_loss(logits, x)
+        kl = kl_divergence(mu, logvar)
         return reconstruction + kl, reconstruction, kl
 
     def step(self, x):
-        """One step of Adam on images x (N, image_size) in [0, 1]; returns scalars, still on the device."""
+        """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
+
+        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
+        counter, an .item() or another Python number would be frozen at its
+        first value. Change tensors instead. The scalars become columns of the
+        history, as means over the epoch's images: for another one, add it to
+        the dict that is returned.
+        """
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
-        training.average_gradients(self.optimizer)
+        # with torchrun: the mean over all processes; alone it does nothing
+        training.all_reduce_gradients(self.optimizer)
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
 
     def test_batches(self):
-        """The test split, flattened: (N, image_size) at a time."""
-        for index in torch.arange(len(self.test), device=self.run.device).split(500):
-            yield self.test.batch(index)[0].flatten(1)
+        """Yield the test images, 500 at a time: (500, image_size) in [0, 1]."""
+        for index in torch.arange(len(self.test), device=self.test.device).split(500):
+            images, _ = self.test.batch(index)
+            yield images.flatten(1)
 
     @torch.no_grad()
     def evaluate(self):
-        """Loss, reconstruction and KL of the test split, by the formulas of training, and the number of active latents.
+        """The losses of training, on the test images, and the number of active latents.
 
-        A latent is active if its mu varies over the images with a variance above 0.01 (Burda et al., section 5.2).
+        A latent is active if the variance of its mu over the images is above
+        0.01 (Burda et al., section 5.2).
         """
-        total = sum(torch.stack(self.losses(x)) * len(x) for x in self.test_batches()) / len(self.test)
-        mu = torch.cat([self.encoder(x)[0] for x in self.test_batches()])
-        return dict(zip(["test_loss", "test_reconstruction", "test_KL"], total.tolist()),
-                    active_latents=(mu.var(0) > 0.01).sum().item())
+        total = torch.zeros(3, device=self.test.device)
+        means = []
+        for x in self.test_batches():
+            total += torch.stack(self.losses(x)) * len(x)
+            mu, _ = self.encoder(x)
+            means.append(mu)
+        loss, reconstruction, kl = (total / len(self.test)).tolist()
+        variance = torch.cat(means).var(0)  # (latent_dim,)
+        return {
+            "test loss": loss,
+            "test reconstruction": reconstruction,
+            "test KL": kl,
+            "active latents": (variance > 0.01).sum().item(),
+        }
+
+    def bound_on_log_likelihood(self, x):
+        """The importance-weighted bound on log p(x) for images x (N, image_size), in nats: (N,)."""
+
+        def log_likelihood(z):
+            logits = self.decoder(z)
+            error = F.binary_cross_entropy_with_logits(logits, x, reduction="none")
+            return -error.sum(1)  # (N,)
+
+        mu, logvar = self.encoder(x)
+        return importance_weighted_bound(mu, logvar, log_likelihood, self.iwae_samples)
 
     @torch.no_grad()
-    def estimate_log_likelihood(self, k):
-        """The importance-weighted bound on log p(x), in nats, mean over the test split."""
-        total = 0
-        for x in self.test_batches():
-            bound = importance_weighted_bound(*self.encoder(x), lambda z: -F.binary_cross_entropy_with_logits(
-                self.decoder(z), x, reduction="none").sum(1), k)
-            total += bound.sum()
-        return total.item() / len(self.test)
+    def estimate_log_likelihood(self):
+        """The mean of that bound over the test images.
+
+        It leaves the random numbers as they were: a run that is continued
+        with more epochs ends as if it had not stopped here.
+        """
+        device = self.test.device
+        gpus = [device] if device.type == "cuda" else []
+        total = 0.0
+        with torch.random.fork_rng(gpus):
+            for x in self.test_batches():
+                total += self.bound_on_log_likelihood(x).sum().item()
+        return total / len(self.test)
 
     def fit(self):
-        """Train to num_epochs, continuing from a checkpoint if there is one."""
-        run, shape = self.run, self.train.pixels.shape[1:]
+        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
+        run = self.run
         state = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self.optimizer}
-        step = run.fast_step(self.step)
-        for epoch in run.epochs(self.train, state):
-            self.optimizer.param_groups[0]["lr"] = self.lr_now.fill_(self.lr * 0.5 ** ((epoch - 1) / self.half_life))
-            for images, _ in run.batches():
-                run.log(step(images.flatten(1)))
-            run.end_epoch(**self.evaluate())
-            if run.sampling:
-                samples = self.decoder.sample(self.fixed_z).unflatten(1, shape)
-                common.save_grid(samples, run.folder / f"generated_image_epoch_{epoch}.png", columns=10, low=0)
-                common.save_grid(self.reconstruct(self.fixed_images),
-                                 run.folder / f"reconstruction_epoch_{epoch}.png", columns=10, low=0)
-                common.save_curves(run.history, {"loss (nats per image)": ["loss", "test loss"],
-                                                 "reconstruction (nats per image)":
-                                                 ["reconstruction", "test reconstruction"],
-                                                 "KL (nats per image)": ["KL", "test KL"]},
-                                   f"main_vae on {self.train.name}", run.folder / f"train_loss_curve_{epoch}.png")
-                run.save_weights(encoder=self.encoder, decoder=self.decoder)
-        if self.iwae_samples and run.epoch:
-            bound = self.estimate_log_likelihood(self.iwae_samples)
-            print(f"importance-weighted bound, k = {self.iwae_samples}: log p(x) >= {bound:.3f} nats per test image")
-            common.write(run.folder / "log_likelihood.csv", f"epoch,k,bound on log p(x) (nats per test image)\n"
-                         f"{run.epoch},{self.iwae_samples},{bound:.6g}\n".encode())
+        for epoch in run.epochs(self.train, state, self.num_epochs):
+            if self.lr_half_life:
+                self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
+            for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
+                run.train_step(self.step, images.flatten(1))
+                # A picture every 100 steps goes here:
+                #     if run.step % 100 == 0:
+                #         self.draw(f"{epoch}_step_{run.step}")
+            # what is measured once an epoch becomes a column by this dict
+            measured = self.evaluate()
+            if epoch == self.num_epochs and self.iwae_samples:
+                bound = self.estimate_log_likelihood()
+                measured["bound on log p(x)"] = bound
+                samples = f"importance-weighted bound with {self.iwae_samples} samples"
+                print(f"{samples}: log p(x) >= {bound:.3f} nats per test image", flush=True)
+            history = run.end_epoch(measured)
+            if run.pictures_due:
+                self.draw(epoch)
+                self.draw_curves(history, epoch)
+                run.save_weights(
+                    f"weights_epoch_{epoch}.pt", encoder=self.encoder, decoder=self.decoder
+                )
 
+    def draw(self, number):
+        """Write a hundred samples as one picture, and fifty reconstructions as another."""
+        samples = self.decoder.sample(self.fixed_z).unflatten(1, self.train.pixels.shape[1:])
+        path = self.folder / f"generated_image_epoch_{number}.png"
+        common.save_grid(samples, path, columns=10, low=0.0)
+        rows = self.reconstruct(self.fixed_images)
+        path = self.folder / f"reconstruction_epoch_{number}.png"
+        common.save_grid(rows, path, columns=10, low=0.0)
+
+    @torch.no_grad()
     def reconstruct(self, images):
-        """images (10 n, C, H, W) -> (20 n, C, H, W): ten originals, then their reconstructions, then the next ten."""
+        """(10 n, C, H, W) -> (20 n, C, H, W): ten originals, then their reconstructions, ..."""
         # from mu, the best guess: noise would only blur the picture
-        rebuilt = self.decoder.sample(self.encoder(images.flatten(1))[0]).view_as(images)
-        return torch.stack([images.unflatten(0, (-1, 10)), rebuilt.unflatten(0, (-1, 10))], dim=1).flatten(0, 2)
+        mu, _ = self.encoder(images)
+        rebuilt = self.decoder.sample(mu).view_as(images)
+        original_rows = images.unflatten(0, (-1, 10))  # (n, 10, C, H, W)
+        rebuilt_rows = rebuilt.unflatten(0, (-1, 10))  # (n, 10, C, H, W)
+        return torch.stack([original_rows, rebuilt_rows], dim=1).flatten(0, 2)
+
+    def draw_curves(self, history, epoch):
+        """Write the history so far, a list of rows {column: value}, as curves."""
+        panels = {
+            "loss (nats per image)": ["loss", "test loss"],
+            "reconstruction (nats per image)": ["reconstruction", "test reconstruction"],
+            "KL (nats per image)": ["KL", "test KL"],
+        }
+        title = f"main_vae on {self.train.name}"
+        common.save_curves(history, panels, title, self.folder / f"train_loss_curve_{epoch}.png")
 
 
 def load_model(weights_path):
-    """(encoder, decoder) of a weights_epoch_{E}.pt, in eval mode. Raises common.BadInput for any other file."""
-    weights = common.load(weights_path, "main_vae", "decoder")
-    encoder, decoder = Encoder(**weights["model_kwargs"]), Decoder(**weights["model_kwargs"])
+    """(encoder, decoder) of a weights_epoch_{E}.pt. Raises common.BadInput for any other file."""
+    weights = common.load_weights(weights_path, "main_vae", "decoder")
+    encoder = Encoder(**weights["model_kwargs"])
+    decoder = Decoder(**weights["model_kwargs"])
     encoder.load_state_dict(weights["encoder"])
     decoder.load_state_dict(weights["decoder"])
     return encoder.eval(), decoder.eval()
 
 
-def main(model_kwargs, dataset_kwargs, trainer_kwargs):
-    """Train with the given settings; returns the Trainer."""
-    run = training.Run(__file__, model_kwargs, dataset_kwargs, **trainer_kwargs)
-    image_size = model_kwargs["image_size"]
-    side = math.isqrt(image_size)
-    if side**2 != image_size:
-        raise common.BadInput(f"image_size {image_size} is no square number; legal: 784 (28 x 28), 1024 (32 x 32), ...")
-    if dataset_kwargs["normalize"]:
-        raise common.BadInput("normalize true puts pixels into [-1, 1], where a coin has no likelihood; legal: false")
-    excluded = (dataset_kwargs := dict(dataset_kwargs)).pop("exclude_class")
-    train, test = datasets.load_data(**dataset_kwargs, image_size=side, channels=1, device=run.device)
-    if excluded >= 0:
-        train.leave_out(excluded)
-        test.leave_out(excluded)
-    trainer = Trainer(run, train, test, **run.trainer_kwargs)
+def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
+    """Train with the given settings; returns the Trainer.
+
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
+    here or in the dict above. It gives (image, label): a Pillow image or a
+    tensor (C, H, W), uint8 or in [0, 1].
+    """
+    check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
+    run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    train, test = common.load_data(
+        **dataset_kwargs,
+        image_size=math.isqrt(model_kwargs["image_size"]),
+        image_channels=1,
+        device=run_kwargs["device"],
+    )
+    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs)
     trainer.fit()
     return trainer
 
 
 if __name__ == "__main__":
-    common.run(main, model_kwargs, dataset_kwargs, trainer_kwargs)
+    common.run_script(main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)

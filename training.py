@@ -1,15 +1,9 @@
-"""The frame of a training run: epochs, history, checkpoints, signals; several processes; CUDA graphs.
+"""The frame of a training run: epochs, history, checkpoints, several processes, CUDA graphs.
 
-Nothing about a model is in here: no network, no loss, no optimiser step. A script can be understood without it.
+Nothing about a model is in here: no network, no loss, no optimiser step.
 """
-import contextlib
-import csv
-import ctypes
-import io
-import itertools
+
 import os
-import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -17,355 +11,448 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import distributed
 
-from common import PROCESSES, RANK, BadInput, check, choose_device, load, save, say, seed_everything, write
+import common
+from common import PROCESSES, RANK, BadInput, require, warn
 
-REFRESH_SECONDS = 1.0  # between two looks at the losses; each look makes the host wait for the device once
+LOOK_SECONDS = 1.0  # between two looks at the losses; the host waits for the device at each
 AGREE_STEPS = 16  # of several processes: between two looks at whether one was told to stop
-FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "device", "num_threads", "precision", "cuda_graph",
-                  "sample_every", "resume", "allow_fallback"}  # when continuing
-LOWER = "train anew with a lower learning rate and another --output_dir"
+# what may change when a run is continued: how it is computed, not what
+FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "allow_fallback", "precision"}
+FREE_TO_CHANGE |= {"device", "num_threads", "cuda_graph", "resume", "sample_every", "score_every"}
 
 
-# --------------------------------------------------------------------------------------------------- processes
+def all_reduce_mean(tensors):
+    """Replace each tensor by its mean over the processes, in one message. Alone: do nothing."""
+    if PROCESSES == 1 or not tensors:
+        return
+    flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
+    distributed.all_reduce(flat)
+    means = (flat / PROCESSES).split([tensor.numel() for tensor in tensors])
+    with torch.no_grad():
+        for tensor, mean in zip(tensors, means):
+            tensor.copy_(mean.view_as(tensor))
+
+
+def all_reduce_gradients(optimizer):
+    """Between backward and step: every process then takes the same step, by the mean gradient."""
+    groups = optimizer.param_groups
+    all_reduce_mean([p.grad for group in groups for p in group["params"]])
+
+
+class Run:
+    """The frame of a training run. A script uses it like this:
+
+        run = Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+        for epoch in run.epochs(train, state, num_epochs):
+            for images, labels in run.batches():
+                run.train_step(self.step, images)
+            history = run.end_epoch({"diversity": 0.9})
+            if run.pictures_due:
+                run.save_weights("weights_epoch_1.pt", generator=generator)
+
+    state is {name: network or optimiser}, which is saved and restored. After each epoch
+    history.csv and then checkpoint.pt are written. The order of the data and all noise depend
+    on the seed alone, so that a continued run ends as one that was never stopped.
+    """
+
+    def __init__(
+        self,
+        script,
+        model_kwargs,
+        dataset_kwargs,
+        trainer_kwargs,
+        *,
+        seed,
+        device,
+        num_threads,
+        cuda_graph,
+        resume,
+        sample_every,
+    ):
+        require(num_threads >= 0, "num_threads must be at least 1, or 0 for torch's choice")
+        require(sample_every >= 1, "sample_every must be at least 1")
+        common.seed_everything(seed)
+        self.script = Path(script).stem
+        self.seed = seed
+        self.sample_every = sample_every
+        self.cuda_graph = cuda_graph
+        self.resume = resume
+        self.model_kwargs = model_kwargs
+        kind = dataset_kwargs["dataset_type"]
+        kind = kind if isinstance(kind, str) else type(kind).__name__  # a Dataset from Python
+        self.dataset_kwargs = {**dataset_kwargs, "dataset_type": kind}
+        self.settings = {**model_kwargs, **self.dataset_kwargs, **trainer_kwargs}
+        self.settings |= {"seed": seed, "processes": PROCESSES}
+        self.folder = Path(trainer_kwargs["output_dir"])
+        self.path = self.folder / "checkpoint.pt"
+        check_writable(self.folder)
+        self.device = common.choose_device(device)
+        if num_threads:
+            torch.set_num_threads(min(num_threads, os.cpu_count()))
+        join_processes(self.device)
+        self.checkpoint = self.read_checkpoint() if resume and self.path.is_file() else None
+        self.history = []  # a row {column: value} an epoch
+        self.names, self.rows = [], None  # columns of the epoch's steps, and a row for each step
+        self.epoch = 0
+        self.first_step = 0  # of an epoch that was interrupted
+        self.stop_signal = 0
+        self.graph = None
+        self.last_weights = None
+
+    def read_checkpoint(self):
+        """The checkpoint's contents, if it was made with these settings. Raises BadInput."""
+        advice = "give another --output_dir, or start over with --resume false"
+        try:
+            old = common.load_weights(self.path, self.script, "settings")
+        except BadInput as error:
+            raise BadInput(f"{error}; {advice}")
+        self.refuse_changes(old["settings"], self.settings)
+        return old
+
+    def refuse_changes(self, old, new):
+        changed = []
+        for key in sorted({*old, *new} - FREE_TO_CHANGE):
+            if old.get(key) != new.get(key):
+                changed.append(f"{key} was {old.get(key)!r}, is {new.get(key)!r}")
+        require(
+            not changed,
+            f"{self.path} was trained with other settings ({'; '.join(changed)}); give another "
+            "--output_dir, or start over with --resume false",
+        )
+
+    def epochs(self, train, state, num_epochs, *, steps=None, unit="epoch", unit_size=1):
+        """Yield the epochs (from 1) that are still to be trained on `train`, an Images.
+
+        steps: of an epoch, if it is not a pass over the data. unit, unit_size: what an epoch
+        is called, and how many of these it is.
+        """
+        self.train, self.steps = train, steps
+        self.state, self.num_epochs = state, num_epochs
+        self.unit, self.unit_size = unit, unit_size
+        self.networks = [part for part in state.values() if isinstance(part, torch.nn.Module)]
+        self.sizes = [len(index) for index in train.epoch_batches(self.seed, 1, steps)]
+        self.data = {**train.record(), "steps an epoch": len(self.sizes)}
+        if self.checkpoint:
+            self.restore(self.checkpoint)
+        elif RANK:  # from equal weights on, each process draws noise of its own
+            torch.manual_seed(self.seed + 1_000_003 * RANK)
+        if self.path.is_file() and not self.checkpoint and num_epochs and not RANK:
+            self.set_aside()
+        if self.epoch >= num_epochs > 0:
+            print(f"{self.folder}: {self.count(self.epoch)} is trained already", flush=True)
+        self.progress = Progress(self)
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self.on_signal)
+        try:
+            for epoch in range(self.epoch + 1, num_epochs + 1):
+                self.epoch = epoch
+                self.pictures_due = epoch in (1, num_epochs) or epoch % self.sample_every == 0
+                yield epoch
+                common.write(self.folder / "history.csv", self.history)
+                self.save_checkpoint(epoch, step=0)
+                self.first_step = 0
+                if PROCESSES == 1:
+                    self.stop_if_told()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.progress.bar.close()
+        self.say_where()
+
+    def set_aside(self):
+        """Rename the checkpoint of an earlier run, so that starting over loses nothing."""
+        made = time.strftime("%Y%m%d_%H%M%S", time.gmtime(self.path.stat().st_mtime))
+        os.replace(self.path, self.folder / f"checkpoint_of_{made}.pt")
+
+    def say_where(self):
+        """At the end: where the pictures lie, and what to run next."""
+        if self.last_weights:
+            weights = self.last_weights
+            print(f"pictures and weights are in {self.folder}/; to explore and to score them:")
+            print(f"  python latent_space_interpolation.py --weights_path {weights}")
+            print(f"  python fid.py --features classifier --generated {weights}", flush=True)
+
+    def batches(self):
+        """Yield (images, labels) of the epoch, on the device."""
+        self.step, self.begun = self.first_step, time.monotonic()
+        looked = self.begun
+        indices = self.train.epoch_batches(self.seed, self.epoch, self.steps)
+        for index in indices[self.first_step :]:
+            yield self.train.batch(index)
+            if PROCESSES > 1:
+                self.agree()
+            self.step += 1
+            # several processes all have to stop at the same step
+            if self.stop_signal and (PROCESSES == 1 or self.all_told):
+                self.check_losses()
+                self.save_checkpoint(self.epoch - 1, self.step)
+                self.stop_if_told()
+            if time.monotonic() - looked > LOOK_SECONDS:
+                self.progress.show(self.check_losses())
+                looked = time.monotonic()
+
+    def agree(self):
+        """Give all processes the same losses and batch norm statistics, and the word to stop."""
+        told = torch.tensor([float(self.stop_signal > 0)], device=self.device)
+        buffers = [b for network in self.networks for b in network.buffers()]
+        buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
+        all_reduce_mean([*buffers, self.rows[self.step], told])
+        self.all_told = self.step % AGREE_STEPS == 0 and told.item() > 0
+        if self.all_told:
+            self.stop_signal = self.stop_signal or signal.SIGTERM
+
+    def train_step(self, step, *inputs):
+        """Call step(*inputs), on an NVIDIA GPU as a CUDA graph, and keep the scalars it returns.
+
+        They are {column in words: tensor} and stay on the device: nothing waits for them.
+        """
+        recordable = self.cuda_graph and self.device.type == "cuda" and PROCESSES == 1
+        if recordable and self.graph is None:
+            self.graph = Graph(step, self)
+        values = self.graph(*inputs) if self.graph else step(*inputs)
+        if self.names != list(values):
+            self.set_columns(list(values))
+        with torch.no_grad():
+            torch.stack(tuple(values.values()), out=self.rows[self.step])
+
+    def set_columns(self, names):
+        """A row for each step of the epoch, NaN where a column was not measured yet."""
+        shape = len(self.sizes), len(names)
+        rows = torch.full(shape, float("nan"), device=self.device)
+        for column, name in enumerate(names):
+            if name in self.names:
+                rows[:, column] = self.rows[:, self.names.index(name)]
+        self.names, self.rows = names, rows
+
+    def end_epoch(self, measured):
+        """Add a row to the history: means of the steps' scalars, and `measured` {column: value}.
+
+        Returns the history, a list of such rows.
+        """
+        rows = self.check_losses()
+        finite = [p.isfinite().all() for network in self.networks for p in network.parameters()]
+        if not all(finite):
+            self.break_off("weights are no longer finite after " + self.count(self.epoch))
+        sizes = torch.tensor(self.sizes, dtype=torch.float64)[:, None] * ~rows.isnan()
+        means = (sizes * rows.double().nan_to_num()).sum(0) / sizes.sum(0)
+        row = {self.unit: self.epoch * self.unit_size, "data": self.train.name}
+        row |= dict(zip(self.names, means.tolist())) | measured
+        self.history.append(row)
+        self.progress.end_epoch(row)
+        return self.history
+
+    def save_weights(self, name, **networks):
+        """Write what sampling and analysis need: the networks, and the settings to rebuild them."""
+        self.last_weights = self.folder / name
+        contents = {
+            "script": self.script,
+            "model_kwargs": self.model_kwargs,
+            "dataset_kwargs": self.dataset_kwargs,
+            "data": self.train.record(),
+            "epoch": self.epoch,
+        }
+        contents |= {part: network.state_dict() for part, network in networks.items()}
+        common.save_tensors(self.last_weights, contents)
+
+    def count(self, epoch):
+        return f"{self.unit} {epoch * self.unit_size}"
+
+    def check_losses(self):
+        """The epoch's scalars so far, on the host; breaks off at the first that is not finite."""
+        rows = self.rows[: self.step].cpu()
+        wrong = (~rows[self.first_step :].isfinite()).nonzero().tolist()
+        if wrong:
+            step, column = self.first_step + wrong[0][0], wrong[0][1]
+            value = rows[step, column].item()
+            place = f"{self.count(self.epoch)}, step {step + 1}"
+            self.break_off(f"{self.names[column]} became {value} at {place}")
+        return rows
+
+    def break_off(self, what):
+        raise FloatingPointError(
+            f"{what}; {self.last_good()}; train anew with a lower learning rate and another "
+            "--output_dir"
+        )
+
+    def last_good(self):
+        if self.epoch == 1:
+            return f"no {self.unit} was finished"
+        return f"{self.path} still holds {self.count(self.epoch - 1)}"
+
+    def save_checkpoint(self, epoch, step):
+        """Write everything that continuing needs."""
+        random_states = [self.random_state()]
+        if PROCESSES > 1:
+            random_states = [None] * PROCESSES
+            distributed.all_gather_object(random_states, self.random_state())
+        contents = {
+            "script": self.script,
+            "settings": self.settings,
+            "dataset_kwargs": self.dataset_kwargs,
+            "data": self.data,
+            "epoch": epoch,
+            "step": step,
+            "names": self.names,
+            "rows": self.rows[:step].clone(),
+            "history": self.history,
+            "random_states": random_states,
+            "state": {name: part.state_dict() for name, part in self.state.items()},
+        }
+        common.save_tensors(self.path, contents)
+
+    def random_state(self):
+        """The state of torch's random numbers on the host and on the device."""
+        device = device_generator(self.device)
+        return [torch.get_rng_state(), device.get_rng_state() if device else None]
+
+    def restore(self, old):
+        """Go on where the checkpoint was written."""
+        self.refuse_changes(old["data"], self.data)
+        missing = sorted(self.state.keys() - old["state"].keys())
+        require(
+            not missing, f"{self.path} holds no {', '.join(missing)}; give another --output_dir"
+        )
+        for name, part in self.state.items():
+            rates = [group["lr"] for group in getattr(part, "param_groups", [])]
+            part.load_state_dict(old["state"][name])
+            groups = getattr(part, "param_groups", [])  # loading has made new ones
+            for group, rate in zip(groups, rates):
+                if isinstance(rate, torch.Tensor):  # the script goes on changing this very tensor
+                    group["lr"] = rate.fill_(group["lr"])
+        self.epoch, self.first_step, self.history = old["epoch"], old["step"], old["history"]
+        self.set_columns(old["names"])
+        self.rows[: self.first_step] = old["rows"]
+        on_host, on_device = old["random_states"][RANK]
+        torch.set_rng_state(on_host)
+        if on_device is not None and device_generator(self.device):
+            device_generator(self.device).set_rng_state(on_device)
+
+    def on_signal(self, number, frame):
+        if self.stop_signal and PROCESSES == 1:  # torchrun sends each signal twice
+            raise KeyboardInterrupt(f"stopped at once; {self.last_good()}")
+        self.stop_signal = number  # the step under way is finished first
+
+    def stop_if_told(self):
+        again = "run the same command again" + ("" if self.resume else " without --resume false")
+        message = f"stopped and saved; {again} to continue"
+        if self.stop_signal == signal.SIGTERM:
+            warn(f"{self.script}.py: {message}")
+            sys.exit(143)
+        if self.stop_signal:
+            raise KeyboardInterrupt(message)
+
+
+class Progress:
+    """A bar on a terminal, else a line an epoch."""
+
+    def __init__(self, run):
+        from tqdm import tqdm
+
+        self.run, self.images = run, sum(run.sizes)  # an epoch
+        self.bar = tqdm(
+            total=run.num_epochs * self.images,
+            initial=run.epoch * self.images,
+            unit=" images",
+            unit_scale=True,
+            disable=RANK > 0 or not sys.stderr.isatty(),
+        )
+
+    def show(self, rows):
+        """rows: the scalars of the epoch's steps so far."""
+        run = self.run
+        last = zip(run.names, rows[-1].tolist())
+        self.bar.set_description(run.count(run.epoch), refresh=False)
+        self.bar.set_postfix({name: f"{value:.3f}" for name, value in last}, refresh=False)
+        self.bar.update((run.epoch - 1) * self.images + sum(run.sizes[: run.step]) - self.bar.n)
+
+    def end_epoch(self, row):
+        run = self.run
+        if self.bar.disable:
+            seconds = (time.monotonic() - run.begun) / max(1, run.step - run.first_step)
+            left = (run.num_epochs - run.epoch) * len(run.sizes) * seconds / 60
+            numbers = [f"{name} {v:.3f}" for name, v in row.items() if isinstance(v, float)]
+            total = run.num_epochs * run.unit_size
+            print(f"{run.count(run.epoch)}/{total}", *numbers, f"{left:.1f} min left", sep="  ")
+            sys.stdout.flush()
 
 
 def join_processes(device):
-    """Under `torchrun --nproc_per_node=N SCRIPT.py`: make the N processes one group. Alone: nothing to do."""
+    """Under `torchrun --nproc_per_node=N SCRIPT.py`: make the N processes one group."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # graphs and messages go by the current GPU
     if PROCESSES > 1 and not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 
 
-@contextlib.contextmanager
-def first_process_first():
-    """The others wait until the first process has left this block: what it downloads or caches, they find."""
-    if PROCESSES > 1 and RANK:
-        distributed.barrier()
-    yield
-    if PROCESSES > 1 and not RANK:
-        distributed.barrier()
+def check_writable(folder):
+    """Make the folder. Raises BadInput if nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise BadInput(f"output_dir {folder} cannot be written: {error.strerror}")
 
 
-def average(tensors):
-    """Replace each tensor by its mean over the processes, all in one message. Alone: nothing to do."""
-    if PROCESSES > 1 and tensors:
-        flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
-        distributed.all_reduce(flat)
-        flat /= PROCESSES
-        with torch.no_grad():
-            for tensor, mean in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
-                tensor.copy_(mean.view_as(tensor))
+def device_generator(device):
+    """The module that holds the device's own random numbers, or None on a CPU."""
+    return getattr(torch, device.type) if device.type in ("cuda", "mps") else None
 
 
-def average_gradients(optimizer):
-    """Between backward and step: every process takes the same step, that of the mean over all their batches."""
-    average([p.grad for group in optimizer.param_groups for p in group["params"]])
+class Graph:
+    """A training step as one CUDA graph: its small kernels are recorded once, then replayed.
 
-
-# --------------------------------------------------------------------------------------------------------- run
-
-
-def keep_freed_memory():
-    """On Linux: let the memory of large tensors be used again rather than handed back to the system at every step.
-
-    glibc maps blocks above 32 MiB anew each time, and the system zeroes them: main_ae took 592 ms a step, 485 so.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):  # musl has none
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nor is the heap's end given back
-
-
-class Run:
-    """The frame of a training: checks settings, sets seed, device and threads, keeps history and checkpoints.
-
-        for epoch in run.epochs(train, state):          # state: {name: module or optimiser}, saved and restored
-            for images, labels in run.batches():
-                run.log(step(images))                   # a dict of scalars on the device
-            run.end_epoch(diversity=...)                # a row of the history
-            if run.sampling: ...                        # this epoch's pictures and weights
-
-    After each epoch history.csv and, last of all, checkpoint.pt are written: what it says is done is on the disk.
-    Order of the data and noise depend on the seed alone, so a continued run ends as an uninterrupted one does.
-    """
-    unit, each = "epoch", 1  # gan_cub.py counts iterations: an epoch is `each` of them, and names and messages say so
-
-    def __init__(self, script, model_kwargs, dataset_kwargs, *, num_epochs, output_dir, sample_every, seed, device,
-                 num_threads, resume, cuda_graph, **trainer_kwargs):
-        self.settings = {**model_kwargs, **dataset_kwargs, **trainer_kwargs, "num_epochs": num_epochs,
-                         "output_dir": output_dir, "sample_every": sample_every, "seed": seed, "device": device,
-                         "num_threads": num_threads, "resume": resume, "cuda_graph": cuda_graph}
-        check(script, self.settings)
-        if PROCESSES > 1:
-            self.settings["processes"] = PROCESSES
-        self.script, self.model_kwargs, self.trainer_kwargs = Path(script).stem, dict(model_kwargs), trainer_kwargs
-        self.num_epochs, self.sample_every, self.seed, self.folder = num_epochs, sample_every, seed, Path(output_dir)
-        self.cuda_graph = cuda_graph
-        self.again = "run the same command again" + ("" if resume else " without --resume false")
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.folder).close()
-        except OSError as error:
-            raise BadInput(f"output_dir {output_dir} cannot be written: {error.strerror}")
-        self.device = choose_device(device)
-        if self.device.type == "cuda" and self.device.index is not None:
-            torch.cuda.set_device(self.device)  # graphs and messages between processes go by the current GPU
-        join_processes(self.device)
-        if num_threads:
-            torch.set_num_threads(min(num_threads, os.cpu_count()))
-        self.epoch = self.start = self.stopped_by = 0
-        self.history, self.checkpoint, self.path = {}, None, self.folder / "checkpoint.pt"
-        if self.path.is_file() and resume:
-            try:
-                self.checkpoint = load(self.path, self.script, "settings")
-            except BadInput as error:
-                raise BadInput(f"{error}; give another --output_dir, or start over with --resume false")
-            self._compare(self.checkpoint["settings"], self.settings)
-        seed_everything(seed)
-
-    def _compare(self, old, new):
-        changed = [f"{key} was {old.get(key)!r}, is {new.get(key)!r}" for key in sorted({*old, *new} - FREE_TO_CHANGE)
-                   if old.get(key) != new.get(key)]
-        if changed:
-            raise BadInput(f"{self.folder}/checkpoint.pt was trained with other settings ({'; '.join(changed)}); "
-                           "give another --output_dir, or start over with --resume false")
-
-    def epochs(self, train, state):
-        """Yield the epochs (from 1) that are still to be trained on `train`, an Images."""
-        self.train, self.state, self.names, self.rows = train, state, [], None
-        self.data = {"data": train.name, "images": len(getattr(train, "images", train))}  # a Stream's are in its images
-        self.sizes = [len(index) for index in train.order(self.seed, 1)]  # images a step, of this process
-        self.buffers = [b for network in self._networks() for b in network.buffers() if b.is_floating_point()]
-        if self.checkpoint:
-            self._restore(self.checkpoint)
-        elif RANK:  # every process began with the same weights; from here on each draws noise of its own
-            torch.manual_seed(self.seed + 1_000_003 * RANK)
-        if self.epoch >= self.num_epochs > 0:
-            print(f"{self.folder}: {self.epoch * self.each} {self.unit}s are trained already"
-                  + ("; more with --num_epochs" if self.unit == "epoch" else ""), flush=True)
-        weights = sum(t.numel() * t.element_size() for network in self._networks() for t in network.parameters())
-        need, free = 8 * weights, shutil.disk_usage(self.folder).free  # weights, two moments and the rest, old and new
-        if need > free:
-            raise BadInput(f"{self.folder} has {free / 2**20:.0f} MiB free; checkpoints need {need / 2**20:.0f} MiB")
-        if self.path.is_file() and not self.checkpoint and self.num_epochs and not RANK:  # starting over loses nothing
-            os.replace(self.path, next(path for number in itertools.count(1) if not (
-                path := self.folder / f"checkpoint_before_{number}.pt").exists()))
-        self.bar = None
-        if sys.stderr.isatty() and not RANK:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=self.num_epochs * len(train), initial=self.epoch * len(train), unit=" images",
-                            unit_scale=True, dynamic_ncols=True)
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            for self.epoch in range(self.epoch + 1, self.num_epochs + 1):
-                due = self.epoch in (1, self.num_epochs) or self.epoch % self.sample_every == 0
-                self.sampling = due and not RANK
-                yield self.epoch
-                self._write_history()
-                self._save(self.epoch, step=0)
-                self.start = 0
-                if PROCESSES == 1:
-                    self._give_way()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            if self.bar:
-                self.bar.close()
-
-    def batches(self):
-        """Yield (images, labels) of the epoch. Losses are looked at about once a second, for the bar and for NaN."""
-        self.step, self.begun = self.start, time.monotonic()
-        looked = self.begun
-        for index in self.train.order(self.seed, self.epoch)[self.start:]:
-            yield self.train.batch(index)
-            if PROCESSES > 1:
-                self._stay_alike()
-            self.step += 1
-            if self.all_stop if PROCESSES > 1 else self.stopped_by:
-                self._look()
-                self._save(self.epoch - 1, self.step)
-                self._give_way()
-            if time.monotonic() - looked > REFRESH_SECONDS:
-                self._look()
-                looked = time.monotonic()
-
-    def _stay_alike(self):
-        """After a step: give all processes the same losses and batch norm statistics; learn if one was told to stop.
-
-        Within the step each process normalises with its own batch.
-        """
-        told = torch.tensor([float(self.stopped_by > 0)], device=self.device)
-        average([*self.buffers, self.rows[self.step], told])
-        # a look makes the host wait for the device; and all processes have to stop at the same step
-        self.all_stop = self.step % AGREE_STEPS == 0 and told.item() > 0
-        self.stopped_by = self.stopped_by or self.all_stop * signal.SIGTERM
-
-    def fast_step(self, step):
-        """`step`, or on an NVIDIA GPU (with cuda_graph) the same step replayed as one CUDA graph."""
-        if self.device.type != "cuda" or not self.cuda_graph:
-            return step
-        if PROCESSES > 1:
-            say("several processes: steps are not recorded as a CUDA graph")
-            return step
-        return _Graph(step, self)
-
-    def log(self, values):
-        """Keep one step's scalars, {name in words: tensor}, on the device: nothing waits for them."""
-        if self.rows is None:
-            self.names, self.rows = list(values), torch.zeros(len(self.sizes), len(values), device=self.device)
-        with torch.no_grad():
-            torch.stack(tuple(values.values()), out=self.rows[self.step])
-
-    def end_epoch(self, **extra):
-        """Add a row to the history: the epoch's means of what was logged, and `extra` numbers (_ reads as a blank)."""
-        rows = self._look()
-        if not all(p.isfinite().all() for network in self._networks() for p in network.parameters()):
-            raise FloatingPointError(f"weights are no longer finite after {self._count(self.epoch)}; "
-                                     f"{self._last_good()}; {LOWER}")
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)
-        means = (sizes @ rows.double() / sizes.sum()).tolist()
-        row = {self.unit: self.epoch * self.each, "data": self.train.name, **dict(zip(self.names, means)),
-               **{name.replace("_", " "): value for name, value in extra.items()}}
-        for name, value in row.items():
-            self.history.setdefault(name, []).append(value)
-        if not self.bar:
-            each = max(time.monotonic() - self.begun, 1e-3) / max(1, self.step - self.start)  # seconds a step
-            left = round((self.num_epochs - self.epoch) * len(self.sizes) * each)
-            numbers = "  ".join(f"{name} {value:.3f}" for name, value in row.items() if isinstance(value, float))
-            print(f"{self._count(self.epoch)}/{self.num_epochs * self.each}  {numbers}  "
-                  f"{PROCESSES * self.sizes[0] / each:,.0f} images/s  {left // 60}:{left % 60:02d} min left",
-                  flush=True)
-
-    def save_weights(self, **networks):
-        """Write weights_epoch_{E}.pt: what sampling and analysis need."""
-        save(self.folder / f"weights_{self._count(self.epoch).replace(' ', '_')}.pt",
-             {"script": self.script, "model_kwargs": self.model_kwargs, "data": self.train.name, "epoch": self.epoch,
-              **{name: network.state_dict() for name, network in networks.items()}})
-
-    def _networks(self):
-        return [part for part in self.state.values() if isinstance(part, torch.nn.Module)]
-
-    def _last_good(self):
-        return (f"{self.folder}/checkpoint.pt still holds {self._count(self.epoch - 1)}" if self.epoch > 1
-                else f"no {self.unit} was finished" if self.each == 1 else "none is written yet")
-
-    def _count(self, epoch):
-        return f"{self.unit} {epoch * self.each}"
-
-    def _look(self):
-        """Read the epoch's losses so far; stop at the first that is not finite."""
-        rows = self.rows[:self.step].cpu()
-        for step, column in (~rows.isfinite()).nonzero().tolist()[:1]:
-            raise FloatingPointError(f"{self.names[column]} became {rows[step, column].item()} at "
-                                     f"{self._count(self.epoch)}, step {step + 1}; {self._last_good()}; {LOWER}")
-        if self.bar:
-            self.bar.set_description(f"{self._count(self.epoch)}/{self.num_epochs * self.each}", refresh=False)
-            self.bar.set_postfix({name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}, False)
-            done = PROCESSES * sum(self.sizes[:self.step])
-            self.bar.update((self.epoch - 1) * len(self.train) + done - self.bar.n)
-        return rows
-
-    def _write_history(self):
-        text = io.StringIO()
-        table = csv.writer(text, lineterminator="\n")
-        table.writerow(self.history)
-        table.writerows(zip(*self.history.values()))
-        write(self.folder / "history.csv", text.getvalue().encode())
-
-    def _save(self, epoch, step):
-        name, numbers, *rest = np.random.get_state()
-        rng = {"torch": torch.get_rng_state(), "numpy": [name, numbers.tolist(), *rest], "python": random.getstate()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
-        elif self.device.type == "mps":
-            rng["mps"] = torch.mps.get_rng_state()
-        rngs = [rng]
-        if PROCESSES > 1:
-            rngs = [None] * PROCESSES
-            distributed.all_gather_object(rngs, rng)
-        save(self.path,
-             {"script": self.script, "model_kwargs": self.model_kwargs, "settings": self.settings,
-              **self.data, "epoch": epoch, "step": step, "names": self.names, "rows": self.rows[:step].clone(),
-              "history": self.history, "rng": rngs,
-              "state": {name: part.state_dict() for name, part in self.state.items()}})
-
-    def _restore(self, old):
-        self._compare({name: old.get(name, value) for name, value in self.data.items()}, self.data)
-        for name, part in self.state.items():
-            part.load_state_dict(old["state"][name])
-        self.epoch, self.start, self.history, self.names = old["epoch"], old["step"], old["history"], old["names"]
-        self.rows = torch.zeros(len(self.sizes), len(self.names), device=self.device)
-        self.rows[:self.start] = old["rows"]
-        rng = old["rng"][RANK]
-        torch.set_rng_state(rng["torch"])
-        np.random.set_state(tuple(rng["numpy"]))
-        random.setstate(rng["python"])
-        if self.device.type == "cuda" and "cuda" in rng:
-            torch.cuda.set_rng_state(rng["cuda"], self.device)
-        elif self.device.type == "mps" and "mps" in rng:
-            torch.mps.set_rng_state(rng["mps"])
-
-    def _stop(self, number, frame):
-        if self.stopped_by and PROCESSES == 1:  # torchrun signals twice by itself
-            raise KeyboardInterrupt(f"stopped at once; {self._last_good()}")
-        self.stopped_by = number  # the step under way is finished first
-
-    def _give_way(self):
-        if self.stopped_by == signal.SIGTERM:
-            sys.exit(say(f"{self.script}.py: stopped and saved; {self.again} to continue", 143))
-        if self.stopped_by:
-            raise KeyboardInterrupt(f"stopped and saved; {self.again} to continue")
-
-
-class _Graph:
-    """A training step as one CUDA graph: its hundreds of small kernels are recorded once, then launched in one go.
-
-    https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. The first three steps run as they are, on a stream of
-    their own, and count: they are the warm-up that recording asks for. Smaller batches (an epoch's last) run as they
-    are too. Noise advances as without the graph. The tensors that come back are overwritten by the next step.
+    https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. The first three steps run as
+    they are, on a stream of their own, and count: they are the warm-up that recording asks
+    for. Smaller batches run as they are too. The tensors that come back are overwritten by the
+    next step.
     """
 
     def __init__(self, step, run):
-        self.step, self.run, self.warm_up, self.graph, self.inputs = step, run, 3, None, None
+        self.step, self.run = step, run
+        self.warm_up_steps, self.graph, self.inputs = 3, None, None
 
     def __call__(self, *inputs):
-        if self.warm_up:
-            self.warm_up -= 1
-            for part in self.run.state.values():
-                for group in getattr(part, "param_groups", ()):
-                    group["capturable"] = True  # the optimiser then counts its steps on the device
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                values = self.step(*inputs)
-            torch.cuda.current_stream().wait_stream(stream)
-            return values
+        if self.warm_up_steps:
+            return self.warm_up(inputs)
         if self.inputs is None and len(inputs[0]) == max(self.run.sizes):
-            self._record(inputs)
-        if self.graph is None or [x.shape for x in inputs] != [x.shape for x in self.inputs]:
+            self.record(inputs)
+        if self.graph is None or inputs[0].shape != self.inputs[0].shape:
             return self.step(*inputs)
         for static, now in zip(self.inputs, inputs):
             static.copy_(now)
         self.graph.replay()
         return self.values
 
-    def _record(self, inputs):
+    def warm_up(self, inputs):
+        self.warm_up_steps -= 1
+        for part in self.run.state.values():
+            for group in getattr(part, "param_groups", ()):
+                group["capturable"] = True  # the optimiser counts its steps on the device
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            values = self.step(*inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        return values
+
+    def record(self, inputs):
         self.inputs = [x.clone() for x in inputs]
-        for network in self.run._networks():
-            network.zero_grad(set_to_none=True)  # gradients are then made anew, in the graph's own memory
+        for network in self.run.networks:
+            network.zero_grad(set_to_none=True)  # they are made anew, in the graph's memory
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):  # nothing is computed here, only written down
                 self.values = self.step(*self.inputs)
             self.graph = graph
         except RuntimeError as error:
-            say("this step cannot be recorded as a CUDA graph and runs as it is (if it fails, try --cuda_graph false): "
-                f"{error}")
+            warn(
+                "this step cannot be recorded as a CUDA graph and runs as it is (if it fails, "
+                f"try --cuda_graph false): {error}"
+            )

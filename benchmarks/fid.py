@@ -1,8 +1,10 @@
 """fid.py against what it replaces, side by side in one run on the same inputs.
 
-run:    python benchmarks/fid.py                    (two threads; OMP_NUM_THREADS sets another number)
+run:    python benchmarks/fid.py        (two threads; OMP_NUM_THREADS sets another number)
 needs:  tests/requirements.txt; no network: both Inceptions get the same random weights
 """
+
+import hashlib
 import os
 import sys
 import tempfile
@@ -19,38 +21,63 @@ import pytorch_fid.inception
 import torch
 from pytorch_fid.fid_score import calculate_frechet_distance
 
-import datasets
+import common
 import fid
 
 
 def fastest(*functions, repeat):
-    """Seconds of each function, the fastest of `repeat` turns taken alternately: load from outside meets all alike."""
-    times = [[] for _ in functions]
+    """Seconds of each function, the fastest of `repeat` turns.
+
+    They take turns, so that load from outside meets all of them alike.
+    """
+    best = [float("inf")] * len(functions)
     for _ in range(repeat):
-        for function, seconds in zip(functions, times):
+        for i, function in enumerate(functions):
             start = time.perf_counter()
             function()
-            seconds.append(time.perf_counter() - start)
-    return [min(seconds) for seconds in times]
+            best[i] = min(best[i], time.perf_counter() - start)
+    return best
 
 
-def distance(decades, d=2048, n=6000):
-    """Covariances of n samples; the true eigenvalues fall over so many powers of ten, along random axes."""
-    random = torch.Generator().manual_seed(0)
-    axes = torch.linalg.qr(torch.randn(d, d, generator=random, dtype=torch.float64))[0]
+def random_features(decades, shift, random, d=2048, n=6000):
+    """n rows whose covariance has eigenvalues over so many powers of ten, along random axes."""
+    square = torch.randn(d, d, generator=random, dtype=torch.float64)
+    axes = torch.linalg.qr(square)[0]
     scale = torch.logspace(0, -decades / 2, d, dtype=torch.float64).unsqueeze(1)
-    sets = [torch.randn(n, d, generator=random, dtype=torch.float64) @ (scale * axes) + shift for shift in (0, 0.01)]
-    inputs = [part.numpy() for x in sets for part in (x.mean(0), torch.cov(x.T))]
-    values = [calculate_frechet_distance(*inputs), fid.frechet_distance(*inputs)]
-    theirs, ours = fastest(lambda: calculate_frechet_distance(*inputs), lambda: fid.frechet_distance(*inputs), repeat=2)
-    print(f"distance of {d} features, eigenvalues over {decades} decades: sqrtm {theirs:.1f} s, fid.py {ours:.2f} s, "
-          f"ratio {theirs / ours:.1f}; relative difference {abs(values[1] / values[0] - 1):.1e}", flush=True)
-    few = [fid.Statistics().add(x[:500]) for x in sets]
-    seconds, = fastest(lambda: few[0].distance(few[1]), repeat=3)
-    print(f"the same from 500 images each, straight from the features: {seconds:.2f} s", flush=True)
+    rows = torch.randn(n, d, generator=random, dtype=torch.float64)
+    return rows @ (scale * axes) + shift
 
 
-def inception(folder, batch=8, repeat=5):
+def compare_distances(decades):
+    random = torch.Generator().manual_seed(0)
+    x = random_features(decades, 0, random)
+    random.manual_seed(0)
+    y = random_features(decades, 0.01, random, n=7000)
+    gaussians = [part.numpy() for z in (x, y) for part in (z.mean(0), torch.cov(z.T))]
+
+    def theirs():
+        return calculate_frechet_distance(*gaussians)
+
+    def ours():
+        return fid.frechet_distance(*gaussians)
+
+    def from_features(x=x, y=y):
+        return fid.distance_of_roots(*fid.mean_and_root(x), *fid.mean_and_root(y))
+
+    difference = max(abs(ours() / theirs() - 1), abs(from_features() / theirs() - 1))
+    seconds = fastest(theirs, ours, from_features, repeat=2)
+    print(
+        f"distance of 2048 features, eigenvalues over {decades} decades: "
+        f"sqrtm {seconds[0]:.1f} s, fid.py {seconds[1]:.2f} s, "
+        f"ratio {seconds[0] / seconds[1]:.1f}; with the roots from {len(x)} and {len(y)} images' "
+        f"features {seconds[2]:.2f} s; relative difference {difference:.1e}",
+        flush=True,
+    )
+    few = fastest(lambda: from_features(x[:500], y[:500]), repeat=3)
+    print(f"the same from 500 images each: {few[0]:.2f} s", flush=True)
+
+
+def compare_inceptions(folder, batch=8, repeat=5):
     from torchvision.models.inception import Inception3
 
     torch.manual_seed(0)
@@ -58,40 +85,51 @@ def inception(folder, batch=8, repeat=5):
     for module in network.modules():
         if isinstance(module, torch.nn.Conv2d):
             torch.nn.init.kaiming_normal_(module.weight)
-    torch.save(network.state_dict(), folder / "random.pth")
-    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: network.state_dict()
+    path = folder / "random.pth"
+    torch.save(network.state_dict(), path)
+    fid.INCEPTION_SHA = hashlib.sha256(path.read_bytes()).hexdigest()[:8]
+    state = network.state_dict()
+    pytorch_fid.inception.load_state_dict_from_url = lambda *_, **__: state
     theirs = pytorch_fid.inception.InceptionV3().eval()
-    ours = fid.inception_features(folder / "random.pth", "", "legacy", torch.device("cpu"))
+    ours = fid.inception_features(path, "", "legacy", torch.device("cpu"))
     images = torch.randint(0, 256, (batch, 3, 32, 32), dtype=torch.uint8)
     with torch.inference_mode():
-        wanted, got = theirs(images / 255)[0].flatten(1), ours.see(images)
-        seconds = fastest(lambda: theirs(images / 255), lambda: ours.see(images), repeat=repeat)
-    print(f"Inception, batch {batch}: pytorch-fid {batch / seconds[0]:.1f} images/s, fid.py {batch / seconds[1]:.1f}; "
-          f"ratio {seconds[0] / seconds[1]:.2f}; relative difference "
-          f"{((got - wanted).norm() / wanted.norm()).item():.1e}", flush=True)
+        wanted, got = theirs(images / 255)[0].flatten(1), ours.compute(images)
+        seconds = fastest(lambda: theirs(images / 255), lambda: ours.compute(images), repeat=repeat)
+    difference = ((got - wanted).norm() / wanted.norm()).item()
+    print(
+        f"Inception, batch {batch}: pytorch-fid {batch / seconds[0]:.1f} images/s, "
+        f"fid.py {batch / seconds[1]:.1f}; ratio {seconds[0] / seconds[1]:.2f}; "
+        f"relative difference {difference:.1e}",
+        flush=True,
+    )
 
 
-def second_time(folder):
-    train, test = datasets.load_data("digits", "", False, 1, False, 28, 1, torch.device("cpu"))
+def score_twice(folder):
+    train, test = common.load_data("digits", folder, image_channels=1, device="cpu")
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        score = fid.Scorer(train, test, 1000, "classifier", folder)
+        scorer = fid.Scorer(train, test, features="classifier", num_images=1000)
         times.append(time.perf_counter() - start)
     start = time.perf_counter()
-    score(lambda n: torch.rand(n, 784) * 2 - 1)
+    scorer(lambda index: torch.rand(len(index), 784) * 2 - 1)
     fake = time.perf_counter() - start
-    print(f"scoring 1,000 images: the first time {times[0]:.1f} s for classifier and real images, the second time "
-          f"{times[1]:.2f} s; the generated images {fake:.2f} s every time", flush=True)
+    print(
+        f"scoring 1,000 images: the first time {times[0]:.1f} s for classifier and real images, "
+        f"the second time {times[1]:.2f} s; the generated images {fake:.2f} s every time",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         sys.exit(__doc__)
     warnings.simplefilter("ignore")
-    print(f"torch {torch.__version__}, numpy {np.__version__}, {torch.get_num_threads()} threads", flush=True)
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, numpy {np.__version__}, {threads} threads", flush=True)
     with tempfile.TemporaryDirectory() as scratch:
-        inception(Path(scratch))
-        second_time(Path(scratch))
+        compare_inceptions(Path(scratch))
+        score_twice(Path(scratch))
         for decades in (2, 6, 10):
-            distance(decades)
+            compare_distances(decades)

@@ -1,43 +1,52 @@
 import copy
-import sys
+import os
 
+# Two workers on two cores: a second thread would only wait. It has to be said before numpy loads.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy
 import pytest
 import torch
-
-import common
 
 torch.set_num_threads(1)  # small networks; and two threads on a busy machine wait for each other
 
 
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers, however the tests are dealt to workers."""
+    torch.manual_seed(0)
+    numpy.random.seed(0)
+
+
+def dicts_of(script):
+    """Copies of a script's dicts, in the order in which they stand in the file."""
+    names = [name for name in vars(script) if name.endswith("_kwargs")]
+    return [copy.deepcopy(getattr(script, name)) for name in names]
+
+
 @pytest.fixture
 def tiny(tmp_path):
-    """tiny(script) -> the script's three dicts, shrunk and on the bundled digits; keys can be overridden by name."""
+    """tiny(script, **overrides) -> the script's dicts, shrunk and on the bundled digits."""
 
     def make(script, **overrides):
-        small = {"batch_size": 50, "dataset_type": "digits", "num_epochs": 2, "sample_every": 10, "num_threads": 1,
-                 "device": "cpu", "output_dir": str(tmp_path / "out"), "data_dir": str(tmp_path / "data"), **overrides}
-        if "precision" in script.trainer_kwargs:  # equal numbers on every machine
-            small.setdefault("precision", "float32")
-        dicts = [copy.deepcopy(getattr(script, name)) for name in ("model_kwargs", "dataset_kwargs", "trainer_kwargs")]
+        small = {
+            "batch_size": 50,
+            "dataset_type": "digits",
+            "num_epochs": 2,
+            "sample_every": 10,
+            "num_threads": 1,
+            "device": "cpu",
+            "precision": "float32",  # equal numbers on every machine
+            "output_dir": str(tmp_path / "out"),
+            "data_dir": str(tmp_path / "data"),
+        }
+        dicts = dicts_of(script)
+        known = {key for kwargs in dicts for key in kwargs}
+        assert set(overrides) <= known, f"{script.__name__} has no key {set(overrides) - known}"
         for kwargs in dicts:
-            kwargs.update({key: small.pop(key) for key in list(small) if key in kwargs})
-        assert not small, f"{script.__name__} has no key {small}"
+            for key in kwargs:
+                kwargs[key] = overrides.get(key, small.get(key, kwargs[key]))
         return dicts
 
     return make
-
-
-@pytest.fixture
-def command_line(monkeypatch, capsys):
-    """command_line(script, *options) -> (exit status, stderr) of the script run in this process."""
-
-    def call(script, *options):
-        monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *map(str, options)])
-        status = 0
-        try:
-            common.run(script.main, script.model_kwargs, script.dataset_kwargs, script.trainer_kwargs)
-        except SystemExit as stop:
-            status = stop.code
-        return status, capsys.readouterr().err
-
-    return call

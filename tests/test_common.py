@@ -1,298 +1,96 @@
-import errno
+"""Settings, histories, checkpoints, files, grids and curves: what all scripts have in common."""
+
+import gc
 import math
 import os
 import pickle
-import shutil
+import random
 
+import helpers
 import numpy as np
 import pytest
 import torch
+from helpers import differences, read_history, run_here, small_dicts
 
 import common
-import gan_cub
-import main_ae
-import main_cgan
 import main_dcgan
 import main_gan
 import main_vae
-
-SCRIPTS = [main_gan, main_dcgan]
+import training
 
 
 def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-@pytest.mark.parametrize("script", [main_vae, main_ae, gan_cub, main_cgan])
-def test_a_seed_that_numpy_cannot_take_is_refused_everywhere(script, command_line, tmp_path):
-    status, error = command_line(script, "--seed", 2**32, "--output_dir", tmp_path / "out")
-    assert status == 2 and "seed is 4294967296; legal: in [0, 4294967295]" in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("options, words", [
-    (["--num_epoch", "5"], "did you mean --num_epochs"),
-    (["--num_epochs", "many"], "int"),
-    (["--num_epochs", "-1"], ">= 0"),
-    (["--generator_lr", "nan"], "> 0"),
-    (["--generator_lr", "inf"], "> 0"),
-    (["--shuffle", "perhaps"], "boolean"),
-    (["--dataset_type", "imagenet"], "mnist | cifar10"),
-    (["--image_size", "20"], "legal: "),
-    (["--batch_size", "0"], ">= 1"),
-    (["--seed", str(2**32)], "in [0, 4294967295]"),
-    (["--batch_size", "4501"], "larger than the 4500 training images"),
-    (["--device", "cuda:77"], "cannot be used here"),
-    (["--dataset_type", "folder", "--data_dir", "no/such"], "there is no folder no/such"),
-    (["--dataset_type", "folder", "--data_dir", "tests"], "holds 0 images"),
-    (["--output_dir", "README.md"], "cannot be written"),
-    (["--output_dir", "README.md/inside"], "cannot be written"),
-])
-def test_bad_input_is_one_line_and_status_2(script, options, words, command_line, tmp_path):
-    base = ["--dataset_type", "digits", "--num_epochs", "1"]
-    if "--output_dir" not in options:
-        base += ["--output_dir", tmp_path / "out"]
-    status, error = command_line(script, *base, *options)
-    assert status == 2 and words in error and error.count("\n") == 1
-    assert not list(tmp_path.glob("out/*")), "nothing is written"
-
-
-class Bomb:
-    def __reduce__(self):
-        return os.mkdir, ("bomb",)
-
-
-def test_damaged_foreign_and_dangerous_checkpoints_are_refused(command_line, tmp_path, monkeypatch):
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty current folder, and no curves, which take half a second each."""
+    monkeypatch.setattr(common, "save_curves", lambda *_: None)
     monkeypatch.chdir(tmp_path)
-    checkpoint = tmp_path / "out" / "checkpoint.pt"
-    checkpoint.parent.mkdir()
-    whole = {"script": "main_gan", "settings": {}}
-    torch.save(whole, tmp_path / "whole.pt")
-    torch.save({"weights": torch.zeros(3)}, tmp_path / "stranger.pt")
-    torch.save({"script": "main_gan", "bomb": Bomb()}, tmp_path / "bomb.pt")
-    for content, words in [(b"these are words", "is damaged"),
-                           (b"", "is damaged"),
-                           ((tmp_path / "whole.pt").read_bytes()[:-100], "is damaged"),
-                           ((tmp_path / "stranger.pt").read_bytes(), "not written by this collection"),
-                           ((tmp_path / "bomb.pt").read_bytes(), "holds code"),
-                           (pickle.dumps(Bomb(), protocol=2), "holds code"),
-                           (pickle.dumps(Bomb(), protocol=4), "is damaged"),
-                           ((tmp_path / "whole.pt").read_bytes(), "written by main_gan.py, not by main_dcgan.py")]:
-        checkpoint.write_bytes(content)
-        status, error = command_line(main_dcgan, "--dataset_type", "digits", "--output_dir", "out")
-        assert status == 2 and words in error and error.count("\n") == 1
-        assert checkpoint.read_bytes() == content and not (tmp_path / "bomb").exists()
+    return tmp_path
 
 
-def test_help_lists_every_key_with_default_and_comment(command_line, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", ["main_gan.py", "--help"])
-    with pytest.raises(SystemExit) as stop:
-        common.run(main_gan.main, main_gan.model_kwargs, main_gan.dataset_kwargs, main_gan.trainer_kwargs)
-    text = " ".join(capsys.readouterr().out.split())
-    described = common.describe(main_gan.__file__)
-    keys = [*main_gan.model_kwargs, *main_gan.dataset_kwargs, *main_gan.trainer_kwargs]
-    assert stop.value.code == 0 and keys == list(described)
-    for key, (default, comment) in described.items():
-        assert f"--{key}" in text and f"{comment} (default: {default})" in text
+@pytest.fixture
+def gan(here):
+    """gan(**overrides) trains a small main_gan on the bundled digits, in out/."""
+    digits = dict(dataset_type="digits", data_dir="data", image_size=784, batch_size=500)
+    return lambda **overrides: main_gan.main(*small_dicts(main_gan, **{**digits, **overrides}))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_every_key_has_a_comment_and_no_signature_a_default(script):
-    described = common.describe(script.__file__)
-    for kwargs in (script.model_kwargs, script.dataset_kwargs, script.trainer_kwargs):
-        assert all(described[key] == (value, described[key][1]) and described[key][1] for key, value in kwargs.items())
-    for function in (script.main, script.Trainer.__init__, script.Generator.__init__, script.Discriminator.__init__):
-        assert not function.__defaults__ and not function.__kwdefaults__
+# ------------------------------------------------------------------------ command line
 
 
-def test_misspelt_key_in_a_dict_is_an_error(tiny):
-    model, data, trainer = tiny(main_gan)
-    for kwargs in (data, trainer):
-        with pytest.raises(TypeError, match="learning_rat"):
-            main_gan.main(model, {**data, **({"learning_rat": 1} if kwargs is data else {})},
-                          {**trainer, **({"learning_rat": 1} if kwargs is trainer else {})})
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--num_epoch", "5"], "did you mean --num_epochs"),
+        (["--xyzzy", "5"], "see --help"),
+        (["--num_epochs", "many"], "int"),
+        (["--generator_lr", "inf"], "float"),
+        (["--batch_size", "4501"], "4500"),
+        (["--dataset_type", "imagenet"], "mnist, fashion_mnist, cifar10"),
+        (["--dataset_type", "folder", "--data_dir", "no/such"], "there is no folder no/such"),
+        (["--dataset_type", "folder", "--data_dir", "."], "0 images"),
+        (["--device", "cuda:77"], "cannot be used here"),
+    ],
+)
+def test_a_refusal_says_what_is_legal(options, words, here, capsys):
+    assert run_here(main_gan, "--dataset_type", "digits", *options) == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
 
 
 def test_command_line_reaches_the_dicts_and_leaves_the_defaults_alone(monkeypatch):
-    seen, trainer_kwargs = [], {"num_epochs": 3, "resume": True, "generator_lr": 1e-4}
-    monkeypatch.setattr("sys.argv", ["x.py", "--num_epochs", "7", "--resume", "false", "--generator_lr", "1"])
-    common.run(lambda kwargs: seen.append(kwargs), trainer_kwargs)
-    assert seen == [{"num_epochs": 7, "resume": False, "generator_lr": 1.0}]
-    assert trainer_kwargs["num_epochs"] == 3
+    seen = []
+    first = {"num_epochs": 3, "resume": True, "generator_lr": 1e-4}
+    second = {"data_dir": "a", "shuffle": False, "dataset_type": helpers.OwnDataset()}
+
+    def main(*dicts):
+        seen.extend(dicts)
+
+    options = "--num_epochs 7 --resume false --generator_lr 1 --shuffle true --data_dir b/c"
+    monkeypatch.setattr("sys.argv", ["x.py", *options.split()])
+    common.run_script(main, first, second)
+    assert seen[0] == {"num_epochs": 7, "resume": False, "generator_lr": 1.0}
+    assert seen[1] == {"data_dir": "b/c", "shuffle": True, "dataset_type": second["dataset_type"]}
+    assert first["num_epochs"] == 3 and second["data_dir"] == "a"
 
 
-def test_same_seed_same_bytes_and_another_seed_others(tiny, tmp_path, monkeypatch):
-    results = []
-    for number, seed in enumerate((3, 3, 4)):
-        (tmp_path / str(number)).mkdir()
-        monkeypatch.chdir(tmp_path / str(number))  # the folder's name is among the settings that are saved
-        main_gan.main(*tiny(main_gan, seed=seed, output_dir="out", data_dir="data"))
-        results.append(files(tmp_path / str(number) / "out"))
-    assert len(results[0]) == 8 and results[0] == results[1]
-    assert results[0]["weights_epoch_2.pt"] != results[2]["weights_epoch_2.pt"]
+# ------------------------------------------------------------------ seeds and precision
 
 
-def test_changed_settings_are_refused_with_the_difference_and_epochs_may_grow(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
-    main_gan.main(*tiny(main_gan, num_epochs=1))
-    before = files(tmp_path / "out")
-    with pytest.raises(common.BadInput, match="batch_size was 50, is 60; seed was 0, is 1.*--resume false"):
-        main_gan.main(*tiny(main_gan, batch_size=60, seed=1))
-    assert files(tmp_path / "out") == before
-    assert main_gan.main(*tiny(main_gan, num_epochs=3)).run.history["epoch"] == [1, 2, 3]
-    # how it is computed may change, what is computed not
-    assert main_gan.main(*tiny(main_gan, num_epochs=4, num_threads=2, sample_every=1)).run.start == 0
-    assert (tmp_path / "out" / "weights_epoch_4.pt").is_file()
-
-
-def test_other_data_than_before_are_refused(tiny, monkeypatch):
-    import datasets
-
-    def offline(*_):
-        raise OSError("offline")
-
-    monkeypatch.setattr(datasets, "_torchvision", offline)
-    main_gan.main(*tiny(main_gan, dataset_type="mnist", num_epochs=1))
-    monkeypatch.setattr(datasets, "_torchvision", lambda *_: datasets._digits(1, 10))
-    with pytest.raises(common.BadInput, match="data was 'digits .bundled, in place of mnist.', is 'mnist'"):
-        main_gan.main(*tiny(main_gan, dataset_type="mnist", num_epochs=2))
-    (train, test), names = datasets._digits(1, 10)
-    monkeypatch.setattr(datasets, "_digits", lambda *_: ([[part[:-1] for part in train], test], names))
-    monkeypatch.setattr(datasets, "_torchvision", offline)
-    with pytest.raises(common.BadInput, match="images was 4500, is 4499"):
-        main_gan.main(*tiny(main_gan, dataset_type="mnist", num_epochs=2))
-
-
-def test_resume_false_starts_over_and_keeps_the_old_checkpoint(tiny, tmp_path):
-    main_gan.main(*tiny(main_gan, num_epochs=2))
-    old = (tmp_path / "out" / "checkpoint.pt").read_bytes()
-    assert main_gan.main(*tiny(main_gan, num_epochs=1, resume=False)).run.history["epoch"] == [1]
-    assert (tmp_path / "out" / "checkpoint_before_1.pt").read_bytes() == old
-    new = (tmp_path / "out" / "checkpoint.pt").read_bytes()
-    main_gan.main(*tiny(main_gan, num_epochs=0, resume=False))
-    with pytest.raises(common.BadInput):
-        main_gan.main(*tiny(main_gan, resume=False, image_size=20))
-    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == new, "a refused start moves nothing, nor a mere check"
-    main_gan.main(*tiny(main_gan, num_epochs=1, resume=False))
-    assert (tmp_path / "out" / "checkpoint_before_1.pt").read_bytes() == old
-    assert (tmp_path / "out" / "checkpoint_before_2.pt").read_bytes() == new
-
-
-@pytest.mark.parametrize("change", ["loss", "weights"])
-def test_non_finite_loss_stops_and_leaves_the_last_good_checkpoint(change, tiny, tmp_path, monkeypatch):
-    main_gan.main(*tiny(main_gan, num_epochs=1))
-    good = (tmp_path / "out" / "checkpoint.pt").read_bytes()
-    step, count = main_gan.Trainer.step, iter(range(1000))
-
-    def broken(trainer, real):
-        values, number = step(trainer, real), next(count)
-        if change == "loss" and number >= 6:
-            values["generator loss"] = values["generator loss"] * float("nan")
-        if change == "weights" and number == 89:  # the last of the epoch: no loss will tell
-            trainer.generator.model[0].weight.data[0, 0] = float("inf")
-        return values
-
-    monkeypatch.setattr(main_gan.Trainer, "step", broken)
-    words = {"loss": "generator loss became nan at epoch 2, step 7",
-             "weights": "no longer finite after epoch 2"}[change]
-    with pytest.raises(FloatingPointError, match=f"{words}.*still holds epoch 1"):
-        main_gan.main(*tiny(main_gan, num_epochs=3))
-    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == good
-
-
-def test_failed_write_keeps_the_old_file_and_says_so(tmp_path, monkeypatch):
-    common.write(tmp_path / "tidied" / "away" / "b", b"new")
-    assert files(tmp_path / "tidied" / "away") == {"b": b"new"}
-    tmp_path = tmp_path / "full"
-    common.write(tmp_path / "a", b"old")
-
-    def full(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left on device"):
-        common.write(tmp_path / "a", b"new")
-    assert files(tmp_path) == {"a": b"old"}
-
-
-def test_full_disk_is_said_before_training(tiny, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 2**20}))
-    # 283,920 + 267,009 weights of 4 bytes, as weights and two moments and a little more, in two files: 8 times
-    with pytest.raises(common.BadInput, match="1 MiB free; checkpoints need 17 MiB"):
-        main_gan.main(*tiny(main_gan))
-
-
-def test_history_holds_the_mean_over_images_of_what_was_logged(tiny, tmp_path):
-    trainer = main_gan.main(*tiny(main_gan, num_epochs=0, batch_size=1000))  # batches of 1000, 1000, 1000, 1000, 500
-    run = trainer.run
-    for _ in run.epochs(trainer.train, {"g": trainer.generator, "o": trainer.generator_optimizer}):
-        pass  # num_epochs is 0
-    run.num_epochs = 1
-    for _ in run.epochs(trainer.train, {"g": trainer.generator, "o": trainer.generator_optimizer}):
-        sizes = []
-        for images, _ in run.batches():
-            run.log({"size": torch.tensor(float(len(images)))})
-            sizes.append(len(images))
-        run.end_epoch(own_number=2.5)
-    assert sizes == [1000] * 4 + [500]
-    assert run.history == {"epoch": [1], "data": ["digits"], "size": [(4 * 1000**2 + 500**2) / 4500],
-                           "own number": [2.5]}
-    assert (tmp_path / "out" / "history.csv").read_text().splitlines()[0] == "epoch,data,size,own number"
-
-
-def test_grid_is_on_a_fixed_scale(tmp_path):
-    from PIL import Image
-
-    images = torch.stack([torch.full((1, 4, 4), value) for value in (-0.5, 0.0, 0.5, 3.0)])
-    common.save_grid(images, tmp_path / "grid.png", columns=3)
-    pixels = np.asarray(Image.open(tmp_path / "grid.png"))
-    zoom = pixels.shape[1] // 20
-    assert pixels.shape == (14 * zoom, 20 * zoom)
-    centres = [pixels[y * zoom, x * zoom] for y, x in ((4, 4), (4, 10), (4, 16), (10, 4))]
-    assert centres == [64, 128, 191, 255]
-
-
-@pytest.mark.parametrize("values, scale", [([2000.0, 70.0], "log"), ([90.0, 5.0], "linear"), ([2000.0, 0.0], "linear"),
-                                           ([math.nan, math.nan], "linear")])
-def test_curves_over_a_wide_range_are_logarithmic(values, scale, tmp_path, monkeypatch):
-    from matplotlib.figure import Figure
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: drawn.append(figure.axes[0].get_yscale()))
-    common.save_curves({"epoch": [1, 2], "KL": values}, {"KL": ["KL"]}, "title", tmp_path / "x.png")
-    assert drawn == [scale]
-
-
-def test_mean_distance_is_that_of_all_pairs():
-    images = torch.randn(6, 3, 4, 4)
-    pairs = [(images[i] - images[j]).square().sum().sqrt().item() for i in range(6) for j in range(i)]
-    assert abs(common.mean_distance(images) - np.mean(pairs)) < 1e-5
-    assert common.mean_distance(images[:1].expand(5, -1, -1, -1)) == 0
-
-
-@pytest.mark.parametrize("features, fast", [({"avx512_bf16": True, "avx2": True}, True), ({"amx_bf16": True}, True),
-                                            ({"avx512_bf16": False, "avx512_f": True}, False), ({}, False)])
-def test_auto_takes_bfloat16_where_the_processor_has_it(features, fast, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: features, raising=False)
-    cpu = torch.device("cpu")
-    assert common.set_precision("auto", cpu) == fast
-    assert common.set_precision("bfloat16", cpu) and not common.set_precision("float32", cpu)
-    assert not common.set_precision("auto", torch.device("mps"))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert not common.set_precision("auto", torch.device("cuda"))
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert not common.set_precision("auto", cpu), "a torch that cannot tell"
-
-
-def test_tf32_is_a_faster_float32_of_gpus_and_lasts_for_one_run():
-    assert not common.set_precision("tf32", torch.device("cpu"))  # not bfloat16
-    assert torch.get_float32_matmul_precision() == "high"
-    common.set_precision("auto", torch.device("mps"))
-    assert torch.get_float32_matmul_precision() == "highest"
+def test_same_seed_same_bytes_and_another_seed_others(gan, here):
+    for folder, seed in (("one", 3), ("two", 3), ("other", 4)):
+        (here / folder).mkdir()
+        os.chdir(here / folder)  # the folder's name is among the settings that are saved
+        gan(seed=seed)
+    one, two, other = (files(here / folder / "out") for folder in ("one", "two", "other"))
+    assert len(one) == 6 and one == two
+    assert not set(one.values()) & set(other.values())
 
 
 def test_one_seed_covers_torch_numpy_and_python():
-    import random
-
     def draw():
         return torch.rand(1).item(), np.random.rand(), random.random()
 
@@ -300,28 +98,415 @@ def test_one_seed_covers_torch_numpy_and_python():
     first = draw()
     common.seed_everything(5)
     assert draw() == first
+    common.seed_everything(6)
+    assert not set(draw()) & set(first)
 
 
-def test_weights_are_opened_by_the_script_that_wrote_them(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(common.BadInput, match="no folder here holds .* with an encoder and a decoder; .* main_vae.py"):
-        common.open_weights("", "load_model")
-    written = [("c", "main_gan"), ("b", "main_vae"), ("a", "main_gan"), ("d", "stranger")]
-    for age, (folder, script) in enumerate(written):
-        common.save(tmp_path / folder / "weights_epoch_1.pt", {"script": script, "model_kwargs": {"age": age}})
-        os.utime(tmp_path / folder / "weights_epoch_1.pt", (0, age))
-    os.renames("b/weights_epoch_1.pt", "experiment/b/weights_epoch_1.pt")
-    os.rename("a/weights_epoch_1.pt", "a/weights_best.pt")
-    (tmp_path / "e").mkdir()
-    (tmp_path / "e" / "weights_epoch_2.pt").write_bytes(b"damaged")
-    (tmp_path / "stranger.py").write_text("load_generator = 1 / 0")
-    monkeypatch.syspath_prepend(tmp_path)
-    # the newest that fits, and the first function asked for that its script has
-    path, contents, load = common.open_weights("", "load_generator")
-    assert path == "a/weights_best.pt" and contents["model_kwargs"]["age"] == 2 and load is main_gan.load_generator
-    assert common.open_weights("", "load_model")[0] == "experiment/b/weights_epoch_1.pt"
-    assert common.open_weights("c/weights_epoch_1.pt", "load_model", "load_generator")[2] is main_gan.load_generator
-    for folder, words in (("a", "main_gan.py is no script .* an encoder and a decoder; .*: python main_vae.py"),
-                          ("d", "stranger.py is no script of this collection")):
-        with pytest.raises(common.BadInput, match=words):
-            common.open_weights(str(next((tmp_path / folder).iterdir())), "load_model")
+@pytest.mark.parametrize(
+    "found, fast",
+    [
+        ({"avx512_bf16": True, "avx2": True}, True),
+        ({"amx_bf16": True}, True),
+        ({"avx512_bf16": False, "avx512_f": True}, False),
+        ({}, False),
+    ],
+)
+def test_auto_takes_bfloat16_where_the_device_is_fast_at_it(found, fast, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found, raising=False)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert common.use_bfloat16("auto", cpu) == fast
+    assert common.use_bfloat16("bfloat16", cpu) and not common.use_bfloat16("float32", cpu)
+    assert not common.use_bfloat16("auto", torch.device("mps"))
+    for capability in ((7, 5), (8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        assert common.use_bfloat16("auto", cuda) == (capability >= (8, 0))
+    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    assert not common.use_bfloat16("auto", cpu), "a torch that cannot tell"
+    with pytest.raises(common.BadInput, match="float32, tf32, bfloat16"):
+        common.use_bfloat16("float16", cpu)
+
+
+def test_tf32_is_a_faster_float32_of_gpus_and_lasts_for_one_run():
+    assert not common.use_bfloat16("tf32", torch.device("cpu"))
+    assert torch.get_float32_matmul_precision() == "high"
+    common.use_bfloat16("auto", torch.device("mps"))
+    assert torch.get_float32_matmul_precision() == "highest"
+
+
+# --------------------------------------------------------------- continuing, or refusing to
+
+OTHER_VALUES = {
+    "latent_variable_size": 65,
+    "discriminator_hidden_size": 17,
+    "generator_hidden_size": 17,
+    "image_size": 256,
+    "dataset_type": "mnist",
+    "batch_size": 600,
+    "shuffle": False,
+    "generator_lr": 0.1,
+    "discriminator_lr": 0.1,
+    "real_label": 1.0,
+    "fake_label": 0.0,
+    "seed": 1,
+}
+FREE = {"device": "auto", "num_threads": 2, "cuda_graph": False, "sample_every": 1}
+FREE |= {"data_dir": "elsewhere", "allow_fallback": False}
+
+
+def test_what_is_computed_may_not_change_and_how_it_is_computed_may(gan, here, monkeypatch):
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: None)
+    gan(num_epochs=1)
+    before = files(here / "out")
+    known = helpers.keys_of(main_gan)
+    others = {"num_epochs", "output_dir", "resume"}  # each has a test of its own
+    assert {*OTHER_VALUES, *FREE, *others} == set(known)
+    for key, value in OTHER_VALUES.items():
+        with pytest.raises(common.BadInput, match=f"{key} was .*, is .*--resume false"):
+            gan(num_epochs=2, **{key: value})
+        assert files(here / "out") == before
+    with pytest.raises(common.BadInput, match="batch_size was 500, is 600; seed was 0, is 1;?"):
+        gan(batch_size=600, seed=1)
+    for number, (key, value) in enumerate(FREE.items(), start=2):
+        history = gan(num_epochs=number, **{key: value}).run.history
+        assert [row["epoch"] for row in history] == list(range(1, number + 1))
+
+
+def test_other_data_than_before_are_refused(gan, here, monkeypatch):
+    """MNIST is there in the first run; in the second one it is gone, and digits stand in."""
+    helpers.cut_off_network(monkeypatch)
+    helpers.write_mnist(here / "data", monkeypatch)
+    settings = dict(dataset_type="mnist", batch_size=5)
+    gan(num_epochs=1, **settings)
+    for path in (here / "data").rglob("*ubyte*"):
+        path.unlink()
+    before = files(here / "out")
+    with pytest.raises(common.BadInput, match="images was 10, is 4500; name was 'mnist', is 'dig"):
+        gan(num_epochs=2, **settings)
+    assert files(here / "out") == before
+
+
+def test_more_epochs_go_on_and_as_many_do_nothing(gan, here, capsys):
+    whole = gan(num_epochs=3, output_dir="whole").run.history
+    gan(num_epochs=1)
+    assert gan(num_epochs=3).run.history == whole
+    before = files(here / "out")
+    capsys.readouterr()
+    gan(num_epochs=3)
+    assert "out: epoch 3 is trained already" in capsys.readouterr().out
+    assert files(here / "out") == before
+
+
+def test_resume_false_starts_over_and_keeps_the_old_checkpoint(gan, here):
+    gan(num_epochs=2)
+    old = (here / "out" / "checkpoint.pt").read_bytes()
+    gan(num_epochs=0, resume=False)  # a mere check moves nothing
+    with pytest.raises(common.BadInput):
+        gan(resume=False, image_size=20)
+    assert (here / "out" / "checkpoint.pt").read_bytes() == old
+    history = gan(num_epochs=1, resume=False).run.history
+    assert [row["epoch"] for row in history] == [1]
+    assert [path.read_bytes() for path in (here / "out").glob("checkpoint_of_*.pt")] == [old]
+    assert (here / "out" / "checkpoint.pt").read_bytes() != old
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bomb",)
+
+
+def saved(here, contents):
+    torch.save(contents, here / "saved.pt")
+    return (here / "saved.pt").read_bytes()
+
+
+def test_damaged_foreign_and_dangerous_checkpoints_are_refused(here, capsys):
+    checkpoint = here / "out" / "checkpoint.pt"
+    checkpoint.parent.mkdir()
+    whole = saved(here, {"script": "main_gan", "settings": {}, "dataset_kwargs": {}})
+    contents = [
+        (b"these are words", "is damaged"),
+        (b"", "is damaged"),
+        (whole[:-100], "is damaged"),
+        (saved(here, {"weights": torch.zeros(3)}), "not written by this collection"),
+        (saved(here, {"script": "main_gan", "bomb": Bomb()}), "holds code"),
+        (pickle.dumps(Bomb(), protocol=2), "holds code"),
+        (pickle.dumps(Bomb(), protocol=4), "is damaged"),
+        (whole, "written by main_gan.py, not by main_dcgan.py"),
+    ]
+    for content, words in contents:
+        checkpoint.write_bytes(content)
+        assert run_here(main_dcgan, "--dataset_type", "digits", "--output_dir", "out") == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1 and "--output_dir" in error
+        assert checkpoint.read_bytes() == content and not (here / "bomb").exists()
+
+
+# ----------------------------------------------------------------------------- history
+
+
+def test_history_holds_the_mean_over_images_of_what_the_steps_returned(gan, here, monkeypatch):
+    monkeypatch.setattr(main_gan.Trainer, "step", lambda _, real: {"size": torch.tensor(len(real))})
+    trainer = gan(num_epochs=1, batch_size=1000)  # batches of 1000, 1000, 1000, 1000 and 500
+    row = trainer.run.history[0]
+    assert list(row) == ["epoch", "data", "size", "diversity"]
+    assert row["size"] == pytest.approx((4 * 1000**2 + 500**2) / 4500)
+    assert read_history("out") == [{column: str(value) for column, value in row.items()}]
+
+
+@pytest.mark.parametrize("in_mid_epoch", [False, True])
+def test_a_history_keeps_its_rows_when_a_column_is_added(in_mid_epoch, gan, here, monkeypatch):
+    """A reader adds a scalar to the step and another to the epoch, and runs the command again."""
+    if in_mid_epoch:
+
+        def stop():
+            os.kill(os.getpid(), 2)
+
+        with helpers.after_optimiser_steps(22, stop), pytest.raises(KeyboardInterrupt):
+            gan(num_epochs=2)  # in step 2 of epoch 2
+    else:
+        gan(num_epochs=1)
+    first = read_history("out")
+    assert len(first) == 1 and "real mean" not in first[0]
+    step, end_epoch = main_gan.Trainer.step, training.Run.end_epoch
+    seen = []
+
+    def step_with_more(trainer, real):
+        seen.append(real.mean().item())
+        return {**step(trainer, real), "real mean": real.mean()}
+
+    def end_with_more(run, measured):
+        return end_epoch(run, {**measured, "answer": 42.0 + run.epoch})
+
+    monkeypatch.setattr(main_gan.Trainer, "step", step_with_more)
+    monkeypatch.setattr(training.Run, "end_epoch", end_with_more)
+    history = gan(num_epochs=3).run.history
+    rows = read_history("out")
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert {column: rows[0][column] for column in first[0]} == first[0]
+    assert [row["real mean"] == "" for row in rows] == [True, False, False]
+    assert [row["answer"] for row in rows] == ["", "44.0", "45.0"]
+    count = 7 if in_mid_epoch else 9  # of the steps that measured it
+    assert len(seen) == count + 9
+    assert history[1]["real mean"] == pytest.approx(np.mean(seen[:count]), rel=1e-4)
+    # and what was measured before the stop still counts
+    monkeypatch.setattr(main_gan.Trainer, "step", step)
+    monkeypatch.setattr(training.Run, "end_epoch", end_epoch)
+    whole = gan(num_epochs=3, output_dir="whole").run.history
+    for row, expected in zip(history, whole):
+        assert {column: row[column] for column in expected} == expected
+    # and a column that goes leaves its rows as well
+    rows = gan(num_epochs=4) and read_history("out")
+    assert [row["answer"] for row in rows] == ["", "44.0", "45.0", ""]
+
+
+@pytest.mark.parametrize("change", ["loss", "weights"])
+def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
+    change, gan, here, monkeypatch
+):
+    gan(num_epochs=1)
+    good = (here / "out" / "checkpoint.pt").read_bytes()
+    step = main_gan.Trainer.step
+    calls = []
+
+    def broken(trainer, real):
+        values = step(trainer, real)
+        calls.append(1)
+        if change == "loss" and len(calls) >= 3:
+            values["generator loss"] = values["generator loss"] * float("nan")
+        if change == "weights" and len(calls) == 9:  # the last of the epoch: no loss will tell
+            trainer.generator.model[0].weight.data[0, 0] = float("inf")
+        return values
+
+    monkeypatch.setattr(main_gan.Trainer, "step", broken)
+    words = {
+        "loss": "generator loss became nan at epoch 2, step 3",
+        "weights": "no longer finite after epoch 2",
+    }
+    with pytest.raises(FloatingPointError, match=f"{words[change]}.*still holds epoch 1"):
+        gan(num_epochs=3)
+    assert (here / "out" / "checkpoint.pt").read_bytes() == good
+
+
+@pytest.mark.parametrize("seconds, steps", [(0, 3), (1, 3), (2, 6)])
+def test_losses_are_looked_at_once_a_second(seconds, steps, gan, monkeypatch):
+    """A run whose third step is not finite does not train to the end of a long epoch.
+
+    A step takes 0.4 s by this clock. So a look every second is one after every third step, and
+    a look every two seconds one after every sixth.
+    """
+    clock = [0.0]
+    monkeypatch.setattr(training.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(training, "LOOK_SECONDS", seconds)
+    calls = []
+
+    def step(trainer, real):
+        calls.append(1)
+        clock[0] += 0.4
+        return {"loss": torch.tensor(math.nan if len(calls) >= 3 else 1.0)}
+
+    monkeypatch.setattr(main_gan.Trainer, "step", step)
+    with pytest.raises(FloatingPointError, match="loss became nan at epoch 1, step 3; no epoch"):
+        gan(num_epochs=1, batch_size=50)  # of 90 steps
+    assert len(calls) == steps
+
+
+def test_the_default_is_a_look_a_second():
+    assert training.LOOK_SECONDS == 1
+
+
+# ------------------------------------------------------------------------------- files
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_failed_write_keeps_the_old_file_and_says_so(tmp_path):
+    common.write(tmp_path / "tidied" / "away" / "b", b"new")
+    assert files(tmp_path / "tidied" / "away") == {"b": b"new"}
+    common.write(tmp_path / "full" / "a", b"old")
+    os.symlink("/dev/full", tmp_path / "full" / "a.part")
+    with pytest.raises(OSError, match="full/a: No space left on device; the old file is untouched"):
+        common.write(tmp_path / "full" / "a", b"new")
+    assert (tmp_path / "full" / "a").read_bytes() == b"old"
+    common.write(tmp_path / "full" / "a", b"new")
+    assert files(tmp_path / "full") == {"a": b"new"}
+
+
+def test_only_the_first_process_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "RANK", 1)
+    common.write(tmp_path / "a", b"new")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_table_has_a_column_for_everything_that_a_row_holds(tmp_path):
+    common.write(tmp_path / "table.csv", [{"a": 1, "b, c": "x"}, {"a": 2, "d": 0.5}])
+    assert (tmp_path / "table.csv").read_bytes() == b'a,"b, c",d\n1,x,\n2,,0.5\n'
+
+
+def test_weights_are_found_and_opened_by_the_script_that_wrote_them(here, monkeypatch):
+    with pytest.raises(common.BadInput, match="no folder here holds .* encoder"):
+        common.newest_weights("encoder")
+    written = [
+        ("c/weights_epoch_1.pt", "main_gan", "generator"),
+        ("experiment/b/weights_epoch_1.pt", "main_vae", "encoder"),
+        ("a/weights_best.pt", "gan_cub", "generator"),
+        ("d/weights_epoch_1.pt", "stranger", "other"),
+    ]
+    for age, (path, script, part) in enumerate(written):
+        contents = {"script": script, "dataset_kwargs": {}, part: {}}
+        common.save_tensors(path, contents)
+        os.utime(path, (0, age))
+    (here / "e").mkdir()
+    (here / "e" / "weights_epoch_2.pt").write_bytes(b"damaged")
+    (here / "stranger.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(here)
+    assert common.newest_weights("generator") == "a/weights_best.pt"
+    assert common.newest_weights("encoder") == "experiment/b/weights_epoch_1.pt"
+    weights = common.load_weights("c/weights_epoch_1.pt", None, "generator")
+    assert common.script_of(weights) is main_gan
+    weights = common.load_weights("experiment/b/weights_epoch_1.pt", "main_vae", "encoder")
+    assert common.script_of(weights) is main_vae
+    stranger = common.load_weights("d/weights_epoch_1.pt", None, "other")
+    with pytest.raises(common.BadInput, match="stranger.py, which is no script of this"):
+        common.script_of(stranger)
+    with pytest.raises(common.BadInput, match="written by main_gan.py, not by main_vae.py"):
+        common.load_weights("c/weights_epoch_1.pt", "main_vae", "generator")
+
+
+# ---------------------------------------------------------------------------- pictures
+
+
+@pytest.mark.parametrize("low, levels", [(-1.0, [64, 128, 191, 255]), (0.0, [0, 0, 128, 255])])
+def test_grid_is_on_a_fixed_scale(low, levels, tmp_path):
+    images = torch.stack([torch.full((1, 4, 4), value) for value in (-0.5, 0.0, 0.5, 3.0)])
+    common.save_grid(images, tmp_path / "grid.png", columns=3, low=low)
+    pixels = helpers.read_png(tmp_path / "grid.png")
+    assert pixels.shape[0] * 20 == pixels.shape[1] * 14  # two rows of three, with margins
+    tiles = helpers.tiles(tmp_path / "grid.png", 4, 3, 4)
+    assert [tile.mean() for tile in tiles] == levels
+    assert [tile.std() for tile in tiles] == [0] * 4
+
+
+def test_grid_is_red_green_and_blue_in_this_order_and_not_turned(tmp_path):
+    image = torch.full((2, 3, 6, 6), -1.0)
+    image[0, 0, 0, :] = 1  # the top row is red
+    image[0, 1, :, 5] = 1  # the last column is green, or with red yellow
+    image[0, 2, 5, 0] = 1  # one corner is blue
+    common.save_grid(image, tmp_path / "grid.png", columns=2)
+    tile = helpers.tiles(tmp_path / "grid.png", 6, 2, 1)[0]
+    assert tile[0, 2].tolist() == [255, 0, 0] and tile[3, 5].tolist() == [0, 255, 0]
+    assert tile[5, 0].tolist() == [0, 0, 255] and tile[0, 5].tolist() == [255, 255, 0]
+    assert tile[2, 2].tolist() == [0, 0, 0]
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures that are written."""
+    figures = []
+    monkeypatch.setattr(common, "write", lambda path, content: figures.append(content))
+    return figures
+
+
+def test_curves_show_the_columns_that_they_are_named_after(drawn, tmp_path):
+    history = [
+        {"epoch": 1, "data": "digits", "loss": 3.0, "test loss": 4.0},
+        {"epoch": 2, "data": "digits", "loss": 2.0, "score": 7.0},
+        {"epoch": 3, "data": "digits", "loss": 1.0, "test loss": 3.5, "score": math.nan},
+    ]
+    panels = {"nats": ["loss", "test loss"], "distance": ["score"]}
+    common.save_curves(history, panels, "a title", tmp_path / "x.png")
+    nats, distance = drawn[0].axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in nats.lines}
+    assert lines["loss"] == [[1, 3], [2, 2], [3, 1]]
+    assert lines["test loss"] == [[1, 4], [3, 3.5]]
+    assert [line.get_linestyle() for line in nats.lines] == ["-", "--"]
+    assert distance.lines[0].get_xydata().tolist() == [[2, 7]]
+    assert (nats.get_ylabel(), distance.get_ylabel()) == ("nats", "distance")
+    assert nats.get_xlabel() == "epoch" and drawn[0].get_suptitle() == "a title"
+    assert [text.get_text() for text in nats.get_legend().get_texts()] == ["loss", "test loss"]
+
+
+@pytest.mark.parametrize(
+    "values, scale",
+    [
+        ([2000.0, 70.0], "log"),
+        ([90.0, 5.0], "linear"),
+        ([2000.0, 0.0], "linear"),
+        ([math.nan, math.nan], "linear"),
+    ],
+)
+def test_curves_over_a_wide_range_are_logarithmic(values, scale, drawn, tmp_path):
+    history = [{"epoch": number, "KL": value} for number, value in enumerate(values, start=1)]
+    common.save_curves(history, {"KL": ["KL"]}, "title", tmp_path / "x.png")
+    assert drawn[0].axes[0].get_yscale() == scale
+
+
+def test_figures_do_not_pile_up_in_memory(tmp_path):
+    from matplotlib.figure import Figure
+
+    def alive():
+        return sum(type(thing) is Figure for thing in gc.get_objects())
+
+    gc.collect()
+    before = alive()
+    gc.disable()  # what Python does on its own comes too late for pictures
+    try:
+        for number in range(3):
+            figure = common.new_figure(1, 1)
+            common.write(tmp_path / f"{number}.png", figure)
+        assert alive() - before <= 1
+    finally:
+        gc.enable()
+    assert (tmp_path / "2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_comparison_of_contents_sees_a_difference():
+    """Of the helper that other tests lean on."""
+    one = {"a": [torch.zeros(2), 1], "b": {"c": (1.5, "x")}}
+    assert not differences(one, {"a": [torch.zeros(2), 1], "b": {"c": (1.5, "x")}})
+    others = [
+        {"a": [torch.tensor([0.0, 1e-9]), 1], "b": {"c": (1.5, "x")}},
+        {"a": [torch.zeros(2)], "b": {"c": (1.5, "x")}},
+        {"a": [torch.zeros(2), 1]},
+        {"a": [torch.zeros(2), 1], "b": {"c": (1.5, "y")}},
+    ]
+    found = [differences(one, other)[0].partition(":")[0] for other in others]
+    assert found == ["contents.a[0]", "contents.a", "contents", "contents.b.c[1]"]

@@ -1,126 +1,212 @@
+"""load_data: every kind of data, from real files in miniature, without a network."""
+
 import socket
 import threading
 
+import helpers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import common
-import datasets
 
 
 def load(dataset_type="digits", data_dir="nowhere", **overrides):
-    settings = dict(dataset_type=dataset_type, data_dir=str(data_dir), allow_fallback=True, batch_size=2, shuffle=True,
-                    image_size=28, channels=1, device="cpu")
-    return datasets.load_data(**{**settings, **overrides})
+    settings = dict(image_channels=1, image_size=28, device="cpu", batch_size=2, shuffle=True)
+    return common.load_data(dataset_type, str(data_dir), **{**settings, **overrides})
+
+
+def all_pixels(splits):
+    return torch.cat([split.pixels for split in splits])
+
+
+def labelled(splits):
+    """{the bytes of an image (H, W, C): its label} of both splits."""
+    found = {}
+    for split in splits:
+        for image, label in zip(split.pixels, split.labels.tolist()):
+            found[image.permute(1, 2, 0).contiguous().numpy().tobytes()] = label
+    return found
+
+
+# ------------------------------------------------------------------------------ digits
 
 
 def test_bundled_digits_are_split_and_stratified():
     train, test = load()
     assert train.pixels.shape == (4500, 1, 28, 28) and test.pixels.shape == (500, 1, 28, 28)
     assert train.pixels.dtype == torch.uint8 and train.pixels.max() == 255
-    assert train.labels.bincount().tolist() == [450] * 10 and test.labels.bincount().tolist() == [50] * 10
+    assert train.labels.bincount().tolist() == [450] * 10
+    assert test.labels.bincount().tolist() == [50] * 10
     known = {image.numpy().tobytes() for image in train.pixels}
     assert not any(image.numpy().tobytes() in known for image in test.pixels)
+    assert train.class_names == list("0123456789") and train.name == "digits"
 
 
 def test_coloured_digits_are_the_same_every_time_and_never_lose_the_digit():
-    train, test = load(channels=3, image_size=32, num_classes=5)
-    again, _ = load(channels=3, image_size=32, num_classes=5)
+    train, _ = load(image_channels=3, image_size=32)
     grey, _ = load(image_size=32)
+    again, _ = load(image_channels=3, image_size=32)
     assert train.pixels.shape == (4500, 3, 32, 32) and torch.equal(train.pixels, again.pixels)
-    assert train.labels.unique().tolist() == [0, 1, 2, 3, 4]
-    assert train.class_names == ["0 or 5", "1 or 6", "2 or 7", "3 or 8", "4 or 9"]
-    full = (grey.pixels == 255).flatten(1).any(1).nonzero().squeeze(1)[:50]  # not every digit has full ink
+    assert torch.equal(train.labels, grey.labels)
+    # not every digit has full ink
+    full = (grey.pixels == 255).flatten(1).any(1).nonzero().squeeze(1)[:50]
     for colour, image in zip(train.pixels[full].int(), grey.pixels[full, 0]):
-        ground, ink = colour[:, image == 0].T.unique(dim=0), colour[:, image == 255].T.unique(dim=0)
-        assert len(ground) == 1 and len(ink) == 1 and (ground - ink).abs().min() >= 88  # 0.35 of 255, less rounding
+        ground = colour[:, image == 0].T.unique(dim=0)
+        ink = colour[:, image == 255].T.unique(dim=0)
+        assert len(ground) == 1 and len(ink) == 1
+        assert (ground - ink).abs().min() >= 88  # 0.35 of 255, less rounding
 
 
 def test_a_class_that_is_left_out_is_gone_and_named():
-    train, whole = load()[0], load()[0]
-    train.leave_out(4)
-    assert train.name == "digits without 4" and train.pixels.equal(whole.pixels[whole.labels != 4])
-    assert train.labels.equal(whole.labels[whole.labels != 4]) and len(train) == 4050
-    assert torch.cat(train.order(0, 1)).max() == 4049
-    for label in (4, 10):  # gone already, never there
-        with pytest.raises(common.BadInput, match=f"digits without 4 has no images of label {label} beside others"):
-            train.leave_out(label)
-    train.pixels, train.labels = train.pixels[:1], train.labels[:1]
-    with pytest.raises(common.BadInput, match="beside others"):
-        train.leave_out(train.labels.item())
-
-
-def test_what_an_encoder_was_trained_on_is_found_again(tmp_path, monkeypatch):
-    def again(data, **kwargs):
-        weights = {"data": data, "model_kwargs": kwargs}
-        return datasets.load_again(weights, tmp_path / "faces" if "folder" in data else tmp_path, "cpu")
-
-    for data in ("digits", "digits (bundled, in place of mnist)", "digits without 4"):
-        test = again(data, image_size=1024)[1]  # a number of pixels
-        assert test.pixels.equal(load(image_size=32)[1].pixels) and not test.normalize and len(test) == 500
-    test = again("digits", image_size=16, image_channels=3)[1]  # a side
-    assert test.pixels.equal(load(image_size=16, channels=3)[1].pixels) and test.normalize
-    assert not again("digits", image_size=16, image_channels=1)[1].normalize
-    (tmp_path / "faces").mkdir()
-    for i in range(12):
-        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / f"faces/{i}.png")
-    assert again("folder faces", image_size=8, image_channels=3)[0].name == "folder faces"
-    monkeypatch.chdir(tmp_path / "faces")  # the folder's name is found however it is written
-    assert datasets.load_again({"data": "folder faces", "model_kwargs": {"image_size": 8, "image_channels": 3}}, ".",
-                               "cpu")[0].name == "folder faces"
-    assert datasets.left_out("mnist without 4") == 4 and datasets.left_out("folder dogs without tails") is None
-    assert datasets.check_folder("folder dogs without tails", "dogs without tails") == "folder"
-    with pytest.raises(common.BadInput, match="trained on a folder birds: say where it is with --data_dir"):
-        again("folder birds", image_size=8, image_channels=3)
-
-
-@pytest.mark.parametrize("size", [16, 28, 32, 64])
-@pytest.mark.parametrize("channels", [1, 3])
-def test_any_size_and_both_channel_counts(size, channels):
-    train, _ = load(image_size=size, channels=channels)
-    assert train.pixels.shape == (4500, channels, size, size)
-    if size == 32 and channels == 1:  # padded, not resampled
-        assert torch.equal(train.pixels[:, :, 2:-2, 2:-2], load()[0].pixels)
+    whole = load()
+    for split, before in zip(load(exclude_class=4), whole):
+        assert split.name == "digits without 4"
+        assert split.pixels.equal(before.pixels[before.labels != 4])
+        assert split.labels.equal(before.labels[before.labels != 4])
+        assert split.class_names == before.class_names
+    train, _ = load(exclude_class=0)
+    assert torch.cat(train.epoch_batches(0, 1)).max() == 4049
+    with pytest.raises(common.BadInput, match="exclude_class 10 must be one of the labels"):
+        load(exclude_class=10)
 
 
 def test_batches_scale_flip_and_order():
     train, _ = load(batch_size=7, shuffle=False)
-    assert torch.cat(train.order(0, 1)).tolist() == list(range(4500))
+    assert torch.cat(train.epoch_batches(0, 1)).tolist() == list(range(4500))
     images, labels = train.batch(torch.tensor([3, 5]))
-    assert torch.allclose(images, train.pixels[[3, 5]] / 127.5 - 1, atol=1e-6) and labels.equal(train.labels[[3, 5]])
+    assert torch.allclose(images, train.pixels[[3, 5]] / 127.5 - 1, atol=1e-6)
+    assert labels.equal(train.labels[[3, 5]])
     plain, _ = load(normalize=False)
-    assert torch.allclose(plain.batch(torch.tensor([3]))[0], train.pixels[[3]] / 255, atol=1e-7)
+    images, _ = plain.batch(torch.tensor([3]))
+    assert torch.allclose(images, train.pixels[[3]] / 255, atol=1e-7)
     shuffled, _ = load(batch_size=7)
-    first, second = torch.cat(shuffled.order(0, 1)), torch.cat(shuffled.order(0, 2))
+    first, second = (torch.cat(shuffled.epoch_batches(0, epoch)) for epoch in (1, 2))
     assert sorted(first.tolist()) == list(range(4500)) and not first.equal(second)
-    assert first.equal(torch.cat(shuffled.order(0, 1)))
-    flipping, plain_test = load(horizontal_flip=True)
+    assert first.equal(torch.cat(shuffled.epoch_batches(0, 1)))
+    assert not first.equal(torch.cat(shuffled.epoch_batches(1, 1)))
+    flipping, unflipped = load(horizontal_flip=True)
     images, _ = flipping.batch(torch.zeros(200, dtype=torch.long))
     mirrored = sum(image.equal(images[0].flip(2)) for image in images)
-    assert mirrored + sum(image.equal(images[0]) for image in images) == 200 and 60 < mirrored < 140
-    assert not plain_test.flip
+    assert mirrored + sum(image.equal(images[0]) for image in images) == 200
+    assert 60 < mirrored < 140
+    images, _ = unflipped.batch(torch.zeros(200, dtype=torch.long))
+    assert all(image.equal(images[0]) for image in images)
 
 
-def test_batch_size_larger_than_the_data():
-    with pytest.raises(common.BadInput, match="batch_size 4501 is larger than the 4500"):
-        load(batch_size=4501)
+def test_an_epoch_of_so_many_steps_goes_on_where_the_last_one_ended():
+    train, _ = load(batch_size=400)
+    batches = [index for epoch in (1, 2, 3) for index in train.epoch_batches(0, epoch, steps=9)]
+    assert [len(index) for index in batches] == [400] * 27
+    drawn = torch.cat(batches)  # 10,800 images: two passes over 4,500, and a part of the third
+    for start in (0, 4500):
+        assert sorted(drawn[start : start + 4500].tolist()) == list(range(4500))
+    assert len(drawn[9000:].unique()) == 1800
+
+
+# ---------------------------------------------------------------------------- resizing
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_28_pixels_are_padded_to_32_with_what_lies_at_the_edge(channels):
+    _, own = load(image_channels=channels)
+    _, padded = load(image_channels=channels, image_size=32)
+    assert torch.equal(padded.pixels[:, :, 2:-2, 2:-2], own.pixels)
+    corner = own.pixels[:, :, :1, :1]
+    assert torch.equal(padded.pixels[:, :, :2, :2], corner.expand(-1, -1, 2, 2))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [16, 64])
+def test_other_sizes_are_those_of_pillow_s_antialiased_bicubic(size, channels):
+    """A second implementation, in floats, so that it neither rounds nor cuts off on the way."""
+    _, own = load(image_channels=channels)
+    _, resized = load(image_channels=channels, image_size=size)
+    assert resized.pixels.shape == (500, channels, size, size)
+    for image, smaller in zip(own.pixels[:20].flatten(0, 1), resized.pixels[:20].flatten(0, 1)):
+        picture = Image.fromarray(image.float().numpy())
+        expected = np.asarray(picture.resize((size, size), Image.Resampling.BICUBIC))
+        assert np.abs(smaller.numpy() - expected.clip(0, 255)).max() <= 1.01
+
+
+class Pictures(torch.utils.data.Dataset):
+    """A Dataset of these images."""
+
+    def __init__(self, images, labels=None):
+        self.images, self.labels = images, labels or [0] * len(images)
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, number):
+        return self.images[number], self.labels[number]
+
+
+def test_overshoot_of_bicubic_does_not_wrap_around():
+    edge = torch.zeros(1, 8, 8, dtype=torch.uint8)
+    edge[:, :, 4:] = 255  # the bright side overshoots beyond 255, the dark side below 0
+    pixels = all_pixels(load(Pictures([edge] * 4), image_size=32))
+    left, right = pixels[..., :10], pixels[..., 22:]
+    assert left.max() < 30 and right.min() > 225
+
+
+def test_grey_is_luma():
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)]
+    images = [Image.new("RGB", (8, 8), colour) for colour in colours]
+    pixels = all_pixels(load(Pictures(images), image_size=8))
+    levels = sorted(image.unique().item() for image in pixels)
+    expected = [29, 76, 150, 255]  # 0.114, 0.299, 0.587 and 1 of 255; whether rounded or cut off
+    assert levels == pytest.approx(expected, abs=1)
+
+
+# ------------------------------------------------------------------------- own datasets
+
+
+def test_a_dataset_of_one_s_own_is_split_and_keeps_its_labels_and_classes():
+    images = helpers.OwnDataset(count=40, size=8)
+    splits = load(images, image_channels=3, image_size=8)
+    assert [len(split) for split in splits] == [36, 4]
+    expected = {image.tobytes(): label for image, label in zip(images.pixels, images.labels)}
+    assert labelled(splits) == expected
+    assert (splits[0].name, splits[0].class_names) == ("OwnDataset", ["dark", "bright"])
+
+
+def test_tensors_of_a_dataset_are_bytes_or_shares_of_one():
+    ramp = torch.arange(192).view(3, 8, 8).byte()
+    both = Pictures([ramp, ramp.float() / 255], [3, 3])
+    splits = load(both, image_channels=3, image_size=8, batch_size=1)
+    assert [split.pixels.equal(ramp[None]) for split in splits] == [True, True]
+    assert splits[0].labels.tolist() == [3] and splits[0].class_names == ["0", "1", "2", "3"]
+    for wrong in (ramp.float(), ramp / 127.5 - 1):
+        with pytest.raises(common.BadInput, match=r"image 1 .* floats in \[0, 1\]"):
+            load(Pictures([ramp, wrong]), image_channels=3)
+    with pytest.raises(common.BadInput, match="two images"):
+        load(Pictures([ramp]), image_channels=3)
+
+
+# ----------------------------------------------------------------------------- folders
 
 
 @pytest.fixture
 def pictures(tmp_path):
-    """A folder with two classes: sizes, modes and suffix cases mixed, one broken file, some that are no pictures."""
-    random = np.random.RandomState(0)
-    for number, (mode, suffix, size) in enumerate([("RGB", ".png", (40, 30)), ("L", ".PNG", (28, 28)),
-                                                   ("RGBA", ".png", (20, 50)), ("P", ".gif", (33, 33)),
-                                                   ("CMYK", ".JPG", (64, 40)), ("1", ".bmp", (31, 29)),
-                                                   ("LA", ".png", (30, 30)), ("I;16", ".tiff", (30, 30))]):
+    """A folder with two classes: sizes, modes and suffixes mixed, and files of other kinds."""
+    noise = np.random.RandomState(0)
+    kinds = [
+        ("RGB", ".png", (40, 30)),
+        ("L", ".PNG", (28, 28)),
+        ("RGBA", ".png", (20, 50)),
+        ("P", ".gif", (33, 33)),
+        ("CMYK", ".JPG", (64, 40)),
+        ("1", ".bmp", (31, 29)),
+        ("LA", ".png", (30, 30)),
+        ("RGB", ".webp", (30, 30)),
+    ]
+    for number, (mode, suffix, size) in enumerate(kinds):
         folder = tmp_path / "birds" / ("robin" if number % 2 else "wren")
         folder.mkdir(parents=True, exist_ok=True)
-        array = random.randint(0, 255, (*size[::-1], 3), dtype=np.uint8)
-        image = Image.fromarray(array) if mode != "I;16" else Image.fromarray(array[..., 0].astype(np.uint16) * 257)
-        (image if mode == "I;16" else image.convert(mode)).save(folder / f"{number}{suffix}")
+        array = noise.randint(0, 255, (*size[::-1], 3), dtype=np.uint8)
+        Image.fromarray(array).convert(mode).save(folder / f"{number}{suffix}")
     (folder / "broken.jpg").write_bytes(b"not a picture")
     (folder / "notes.txt").write_text("not a picture either")
     (folder / "._0.png").write_bytes(b"left by another system")
@@ -129,30 +215,51 @@ def pictures(tmp_path):
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_folder_of_mixed_images(pictures, channels, capsys, monkeypatch):
-    train, test = load("folder", pictures, channels=channels, image_size=16)
-    assert train.pixels.shape == (7, channels, 16, 16) and len(test) == 1 and train.class_names == ["robin", "wren"]
+    splits = load("folder", pictures, image_channels=channels, image_size=16)
+    train, test = splits
+    assert train.pixels.shape == (7, channels, 16, 16) and len(test) == 1
+    assert train.class_names == ["robin", "wren"] and train.name == "folder birds"
     error = capsys.readouterr().err
-    assert "skipped 1 unreadable" in error and "broken.jpg" in error and "notes" not in error
+    assert "1 unreadable" in error and "broken.jpg" in error and "notes" not in error
 
     def forbidden(*_):
         raise AssertionError("the second start reads the cache")
 
     monkeypatch.setattr(Image, "open", forbidden)
-    again, _ = load("folder", pictures, channels=channels, image_size=16)
-    assert torch.equal(again.pixels, train.pixels) and torch.equal(again.labels, train.labels)
+    again = load("folder", pictures, image_channels=channels, image_size=16)
+    assert labelled(again) == labelled(splits)
     assert "broken.jpg" in capsys.readouterr().err
+
+
+def test_a_folder_s_images_keep_their_labels_and_their_colours(tmp_path):
+    """Every image has a colour of its own, which tells its class."""
+    expected = {}
+    for label, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / name).mkdir()
+        for number in range(10):
+            colour = (40 * label + 3 * number, 200 - 7 * number, 90 * label + 1)
+            Image.new("RGB", (9, 9), colour).save(tmp_path / name / f"{number}.png")
+            expected[colour] = label
+    splits = load("folder", tmp_path, image_channels=3, image_size=9)
+    assert [len(split) for split in splits] == [27, 3]
+    found = {}
+    for split in splits:
+        for image, label in zip(split.pixels, split.labels.tolist()):
+            assert image.flatten(1).unique(dim=1).shape == (3, 1)
+            found[tuple(image[:, 0, 0].tolist())] = label
+    assert found == expected
+    assert splits[0].class_names == ["ant", "bee", "cat"]
 
 
 def test_folder_is_read_again_when_a_file_changes(pictures):
     load("folder", pictures)
     Image.new("RGB", (50, 50), "red").save(pictures / "robin" / "new.png")
-    assert sum(map(len, load("folder", pictures))) == 9
-    before = sorted(image.numpy().tobytes() for split in load("folder", pictures) for image in split.pixels)
+    before = labelled(load("folder", pictures))
+    assert len(before) == 9
     bitmap = next(pictures.rglob("*.bmp"))  # black and white, so that the file's size stays
     Image.new("1", Image.open(bitmap).size).save(bitmap)
-    after = sorted(image.numpy().tobytes() for split in load("folder", pictures) for image in split.pixels)
+    after = labelled(load("folder", pictures))
     assert len(after) == 9 and after != before
-    assert len(list(pictures.glob(".cache_*"))) == 1
 
 
 def test_folder_images_keep_their_shape_and_transparency_becomes_white(tmp_path):
@@ -160,43 +267,86 @@ def test_folder_images_keep_their_shape_and_transparency_becomes_white(tmp_path)
     wide[:, 20:40] = 255  # the middle third is what a centre crop leaves
     Image.fromarray(wide).save(tmp_path / "a.png")
     Image.new("RGBA", (20, 20), (0, 0, 0, 0)).save(tmp_path / "b.png")
-    deep = np.full((20, 20), 255 * 257, dtype=np.uint16)
-    Image.fromarray(deep).save(tmp_path / "c.png")
-    train, test = load("folder", tmp_path, image_size=10, batch_size=1)
-    assert torch.cat([train.pixels, test.pixels]).min() > 200 and train.class_names == [""]
+    splits = load("folder", tmp_path, image_size=10, batch_size=1)
+    assert all_pixels(splits).min() > 200 and splits[0].class_names == [""]
 
 
-@pytest.mark.parametrize("pixels, seen", [(np.float32([[0, 0.2, 1]]), [0, 51, 255]),
-                                          (np.float32([[0, 51, 200]]), [0, 51, 200]),
-                                          (np.uint16([[0, 400, 257]]), [0, 1, 1]),
-                                          (np.uint16([[0, 51 * 257, 65535]]), [0, 51, 255]),
-                                          (np.int32([[0, 51, 200]]), [0, 51, 200]),
-                                          (np.float32([[-1, 0, 131072]]), [0, 0, 255])])
-def test_pixels_of_more_than_8_bits_are_seen_on_their_own_scale(pixels, seen, tmp_path):
-    Image.fromarray(pixels).save(tmp_path / "deep.tiff")
-    assert datasets.read_images([tmp_path / "deep.tiff"])[0][0, :, 0].tolist() == 3 * [seen]
-
-
-def test_images_are_measured_as_they_are_trained_on(pictures):
-    paths = [path for path in datasets.image_files(pictures) if path.name != "broken.jpg"]
-    for path in paths:
-        Image.open(path).resize((20, 20)).save(path)
-    train, test = load("folder", pictures, channels=3, image_size=20, batch_size=1)
-    trained = sorted(image.numpy().tobytes() for image in torch.cat([train.pixels, test.pixels]))
-    assert trained == sorted(image.numpy().tobytes() for image in datasets.read_images(paths)[0])
+def test_a_photograph_is_turned_upright(tmp_path):
+    """A camera held upright writes the picture lying down, and its turn into the EXIF."""
+    upright = np.zeros((20, 20, 3), dtype=np.uint8)
+    upright[:10] = 255  # the sky is above
+    lying = Image.fromarray(np.rot90(upright))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 270 degrees to show it
+    for name in "ab":
+        lying.save(tmp_path / f"{name}.png", exif=exif)
+    pixels = all_pixels(load("folder", tmp_path, image_size=20, batch_size=1))
+    assert (pixels[:, :, :9] > 250).all() and (pixels[:, :, 11:] < 5).all()
 
 
 def test_folder_without_readable_images(tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(b"no picture")
-    with pytest.raises(common.BadInput, match="0 of 2 image files can be read"):
+    with pytest.raises(common.BadInput, match="0 images can be read"):
         load("folder", tmp_path)
+    with pytest.raises(common.BadInput, match="there is no folder"):
+        load("folder", tmp_path / "nothing")
 
 
-def test_what_does_not_fit_is_refused_with_both_numbers(monkeypatch):
-    monkeypatch.setattr(datasets.Path, "read_text", lambda _: "MemTotal: 9 kB\nMemAvailable: 1024 kB\n")
-    with pytest.raises(common.BadInput, match=r"5,000 images of 3x64x64 need 0.1 GiB, and cpu has 0.0 GiB free"):
-        load(channels=3, image_size=64)
+@pytest.mark.parametrize("grey_files", [0, 1])
+def test_cub_is_squeezed_and_compressed_and_its_grey_photographs_go(grey_files, tmp_path, capsys):
+    folder = tmp_path / "CUB_200_2011" / "images" / "001.Tern"
+    folder.mkdir(parents=True)
+    wide = np.zeros((20, 60, 3), dtype=np.uint8)
+    wide[:, 30:] = 255, 0, 0
+    for name in "abc":
+        Image.fromarray(wide).save(folder / f"{name}.png")
+    for number in range(grey_files):
+        Image.new("L", (20, 20)).save(folder / f"grey{number}.png")
+    splits = load("cub", tmp_path, image_channels=3, image_size=16, batch_size=1)
+    pixels = all_pixels(splits)
+    assert len(pixels) == 3 and splits[0].class_names == ["001.Tern"]
+    assert (pixels[..., :7] < 5).all() and (pixels[:, 0, :, 9:] > 250).all()
+    assert ("1 grey" in capsys.readouterr().err) == bool(grey_files)
+    coarse = load("cub", tmp_path, image_channels=3, image_size=16, batch_size=1, jpeg_quality=5)
+    assert 2 < (all_pixels(coarse).float() - pixels.float()).abs().mean() < 60
+
+
+# ---------------------------------------------------------------------------- archives
+
+
+@pytest.mark.parametrize("name, kind", [("MNIST", "mnist"), ("FashionMNIST", "fashion_mnist")])
+def test_mnist_s_archives_are_used_without_a_network(name, kind, monkeypatch, tmp_path):
+    helpers.cut_off_network(monkeypatch)
+    written = helpers.write_mnist(tmp_path, monkeypatch, name)
+    for _ in range(2):  # from the archives, then from what was unpacked
+        splits = load(kind, tmp_path)
+        for split, (pixels, labels) in zip(splits, (written["train"], written["t10k"])):
+            assert (split.name, split.dataset_type) == (kind, kind)
+            assert split.pixels.equal(torch.from_numpy(pixels)[:, None])
+            assert split.labels.tolist() == labels.tolist()
+    assert len(splits[0].class_names) == 10
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_cifar10_s_archive_is_used_without_a_network(monkeypatch, tmp_path):
+    helpers.cut_off_network(monkeypatch)
+    written = helpers.write_cifar10(tmp_path, monkeypatch)
+    splits = load("cifar10", tmp_path, image_channels=3, image_size=32)
+    for split, (pixels, labels) in zip(splits, (written["train"], written["test"])):
+        assert (split.name, split.dataset_type) == ("cifar10", "cifar10")
+        assert split.pixels.equal(torch.from_numpy(pixels).permute(0, 3, 1, 2))
+        assert split.labels.tolist() == labels
+    assert splits[0].class_names == helpers.CIFAR10_CLASSES
+    (tmp_path / "cifar-10-python.tar.gz").unlink()  # what was unpacked is enough
+    assert labelled(load("cifar10", tmp_path, image_channels=3, image_size=32)) == labelled(splits)
+
+
+@pytest.fixture(autouse=True)
+def usual_timeout():
+    """Downloads set one for the whole process."""
+    yield
+    socket.setdefaulttimeout(None)
 
 
 @pytest.fixture
@@ -204,88 +354,40 @@ def silent_server():
     """A port that accepts connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         held = []
-        threading.Thread(target=lambda: [held.append(server.accept()) for _ in range(9)], daemon=True).start()
+
+        def accept():
+            for _ in range(9):
+                held.append(server.accept())
+
+        threading.Thread(target=accept, daemon=True).start()
         yield f"http://127.0.0.1:{server.getsockname()[1]}/"
 
 
-@pytest.fixture
-def mnist_from(monkeypatch):
+def test_download_without_an_answer_is_given_up(silent_server, monkeypatch, tmp_path, capsys):
     from torchvision.datasets import MNIST
 
-    return lambda url: monkeypatch.setattr(MNIST, "mirrors", [url])
-
-
-def test_download_without_an_answer_is_given_up(silent_server, mnist_from, monkeypatch, tmp_path, capsys):
-    mnist_from(silent_server)
-    monkeypatch.setattr(datasets, "STALL_SECONDS", 0.5)
+    monkeypatch.setattr(MNIST, "mirrors", [silent_server])
+    monkeypatch.setattr(common, "DOWNLOAD_TIMEOUT", 0.3)
     train, _ = load("mnist", tmp_path)
     assert train.name == "digits (bundled, in place of mnist)" and len(train) == 4500
+    assert train.dataset_type == "digits"
     warning = capsys.readouterr().err
-    assert "THIS IS NOT MNIST" in warning and "no answer for 0.5 s" in warning and "train-images" not in warning
-    assert not list(tmp_path.iterdir())
-    with pytest.raises(common.BadInput, match="put MNIST/raw/{train,t10k}-{images-idx3,labels-idx1}-ubyte.gz there"):
+    assert "THIS IS NOT MNIST" in warning and "MNIST/raw" in warning
+    with pytest.raises(common.BadInput, match="mnist is not in .*; put MNIST/raw"):
         load("mnist", tmp_path, allow_fallback=False)
 
 
-def test_broken_download_leaves_nothing_behind(mnist_from, tmp_path):
-    from http.server import BaseHTTPRequestHandler, HTTPServer
-
-    class Rubbish(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(b"half a file")
-
-        do_HEAD = do_GET
-
-        def log_message(self, *_):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Rubbish) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        mnist_from(f"http://127.0.0.1:{server.server_port}/")
-        train, _ = load("mnist", tmp_path)
-        server.shutdown()
-    assert "in place of mnist" in train.name and not list(tmp_path.iterdir())
+def test_damaged_files_are_not_trained_on(monkeypatch, tmp_path, capsys):
+    helpers.cut_off_network(monkeypatch)
+    helpers.write_mnist(tmp_path, monkeypatch)
+    archive = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    archive.write_bytes(archive.read_bytes()[:-50])
+    train, _ = load("mnist", tmp_path)
+    assert train.name == "digits (bundled, in place of mnist)"
+    assert "THIS IS NOT MNIST" in capsys.readouterr().err
 
 
-def write_mnist(folder, monkeypatch):
-    """Ten tiny digits a split in MNIST's own format, gzipped; torchvision is told their checksums."""
-    import gzip
-    import hashlib
-    from torchvision.datasets import MNIST
-
-    (folder / "MNIST" / "raw").mkdir(parents=True)
-    resources = []
-    for split, value in (("train", 10), ("t10k", 20)):
-        images = np.full((10, 28, 28), value, dtype=np.uint8)
-        for kind, magic, array in (("images-idx3", 2051, images), ("labels-idx1", 2049, np.arange(10, dtype=np.uint8))):
-            header = np.array([magic, *array.shape], dtype=">i4").tobytes()
-            path = folder / "MNIST" / "raw" / f"{split}-{kind}-ubyte.gz"
-            path.write_bytes(gzip.compress(header + array.tobytes()))
-            resources.append((path.name, hashlib.md5(path.read_bytes()).hexdigest()))
-    monkeypatch.setattr(MNIST, "resources", resources)
-
-
-def test_archives_in_data_dir_are_used_without_a_network(mnist_from, monkeypatch, tmp_path):
-    mnist_from("http://127.0.0.1:9/")
-    write_mnist(tmp_path, monkeypatch)
-    for _ in range(2):  # from the archives, then from what was unpacked
-        train, test = load("mnist", tmp_path)
-        assert train.name == "mnist" and len(train) == len(test) == 10
-        assert (train.pixels == 10).all() and (test.pixels == 20).all()  # the test split is the test split
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["MNIST"]
-
-
-def test_damaged_files_are_not_trained_on(mnist_from, monkeypatch, tmp_path, capsys):
-    mnist_from("http://127.0.0.1:9/")
-    write_mnist(tmp_path, monkeypatch)
-    load("mnist", tmp_path)
-    images = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    images.write_bytes(images.read_bytes()[:-50])
-    train, _ = load("mnist", tmp_path)  # unpacked once more from the archive, whose checksum is right
-    assert train.name == "mnist" and len(train) == 10
+# ----------------------------------------------------------------------------- sprites
 
 
 def write_sprites(folder, labels, names=("sprites.npy", "sprites_labels.npy")):
@@ -297,58 +399,124 @@ def write_sprites(folder, labels, names=("sprites.npy", "sprites_labels.npy")):
     return pixels
 
 
+def sprites(folder, **overrides):
+    return load("sprites", folder, image_channels=3, image_size=16, **overrides)
+
+
 SPRITE_LABELS = np.array([0, 1, 2, 3, 4] * 4 + [0, 0])
 
 
 def test_sprites_are_read_split_and_named_and_duplicates_go_first(tmp_path, capsys):
     pixels = write_sprites(tmp_path, np.eye(5)[SPRITE_LABELS])
-    splits = load("sprites", tmp_path, channels=3, image_size=16)
-    assert [len(split) for split in splits] == [18, 2] and "22 images, 2 of them removed" in capsys.readouterr().err
+    splits = sprites(tmp_path)
+    assert [len(split) for split in splits] == [18, 2]
+    error = capsys.readouterr().err
+    assert "22 images" in error and "2 exact duplicates" in error
     assert splits[0].name == "sprites" and splits[0].class_names == list("01234")
     expected = {image.tobytes(): label for image, label in zip(pixels[:20], SPRITE_LABELS)}
-    found = {np.ascontiguousarray(image.permute(1, 2, 0)).tobytes(): label
-             for split in splits for image, label in zip(split.pixels, split.labels.tolist())}
-    assert len(found) == 20 and found == expected
+    assert len(expected) == 20 and labelled(splits) == expected
 
 
-@pytest.mark.parametrize("labels", [SPRITE_LABELS, SPRITE_LABELS[:, None], SPRITE_LABELS.astype(np.float32)])
+@pytest.mark.parametrize("labels", [SPRITE_LABELS, SPRITE_LABELS.astype(np.uint8)])
 def test_one_hot_and_integer_labels_are_the_same(labels, tmp_path):
     write_sprites(tmp_path, np.eye(5)[SPRITE_LABELS])
-    one_hot = load("sprites", tmp_path, channels=3, image_size=16)[0]
+    one_hot = sprites(tmp_path)
     write_sprites(tmp_path, labels)
-    integers = load("sprites", tmp_path, channels=3, image_size=16)[0]
-    assert one_hot.labels.equal(integers.labels) and one_hot.pixels.equal(integers.pixels)
-    assert one_hot.labels.dtype == integers.labels.dtype == torch.int64 and one_hot.class_names == integers.class_names
+    integers = sprites(tmp_path)
+    assert labelled(one_hot) == labelled(integers)
+    assert one_hot[0].labels.dtype == integers[0].labels.dtype == torch.int64
+    assert one_hot[0].class_names == integers[0].class_names
 
 
 def test_sprites_under_their_other_names(tmp_path):
-    pixels = write_sprites(tmp_path, SPRITE_LABELS, ("sprites_1788_16x16.npy", "sprite_labels_nc_1788_16x16.npy"))
-    first = load("sprites", tmp_path, channels=3, image_size=16)[0]
-    (tmp_path / "packed").mkdir()
-    np.savez(tmp_path / "packed" / "sprites.npz", images=pixels, labels=SPRITE_LABELS, class_names=list("abcde"))
-    packed = load("sprites", tmp_path / "packed", channels=3, image_size=16)[0]
-    assert first.pixels.equal(packed.pixels) and first.labels.equal(packed.labels)
-    assert packed.class_names == list("abcde")
+    names = ("sprites_1788_16x16.npy", "sprite_labels_nc_1788_16x16.npy")
+    pixels = write_sprites(tmp_path, SPRITE_LABELS, names)
+    first = sprites(tmp_path)
+    assert first[0].class_names == ["hero", "non-hero", "food", "spell", "side-facing"]
+    expected = {image.tobytes(): label for image, label in zip(pixels[:20], SPRITE_LABELS)}
+    assert labelled(first) == expected
 
 
-@pytest.mark.parametrize("labels", [SPRITE_LABELS - 1, SPRITE_LABELS + 0.5, np.eye(5)[SPRITE_LABELS] * 2,
-                                    1 - np.eye(5)[SPRITE_LABELS], SPRITE_LABELS[:-1], SPRITE_LABELS.astype(str)])
+@pytest.mark.parametrize(
+    "labels",
+    [
+        SPRITE_LABELS - 1,
+        SPRITE_LABELS + 0.5,
+        np.eye(5)[SPRITE_LABELS] * 2,
+        1 - np.eye(5)[SPRITE_LABELS],
+        SPRITE_LABELS[:-1],
+        SPRITE_LABELS.astype(str),
+    ],
+)
 def test_bad_sprite_labels_are_refused(labels, tmp_path):
     write_sprites(tmp_path, SPRITE_LABELS)
     np.save(tmp_path / "sprites_labels.npy", labels)
     with pytest.raises(common.BadInput, match="sprites_labels.npy") as caught:
-        load("sprites", tmp_path, channels=3, image_size=16)
+        sprites(tmp_path)
     assert "\n" not in str(caught.value)
 
 
 def test_without_sprites_their_source_is_named_and_coloured_digits_stand_in(tmp_path, capsys):
-    train, _ = load("sprites", tmp_path, channels=3, image_size=16)
+    train, _ = sprites(tmp_path)
     warning = capsys.readouterr().err
-    assert "deeplearning.ai" in warning and "ebrahimelgazar/pixel-art" in warning and "THIS IS NOT SPRITES" in warning
-    assert train.pixels.shape == (4500, 3, 16, 16) and train.labels.unique().tolist() == [0, 1, 2, 3, 4]
+    assert "deeplearning.ai" in warning and "ebrahimelgazar/pixel-art" in warning
+    assert "THIS IS NOT SPRITES" in warning and train.pixels.shape == (4500, 3, 16, 16)
     with pytest.raises(common.BadInput, match="sprites_labels.npy"):
-        load("sprites", tmp_path, channels=3, image_size=16, allow_fallback=False)
+        sprites(tmp_path, allow_fallback=False)
     write_sprites(tmp_path, SPRITE_LABELS)
     (tmp_path / "sprites_labels.npy").unlink()
-    with pytest.raises(common.BadInput, match="sprites_labels.npy cannot be read"):  # half a data set is a mistake
-        load("sprites", tmp_path, channels=3, image_size=16)
+    # half a data set is a mistake
+    with pytest.raises(common.BadInput, match="sprites_labels.npy cannot be read"):
+        sprites(tmp_path)
+
+
+# ------------------------------------------------------------------------ loading again
+
+
+def recorded(split, data_dir, **kwargs):
+    """What a weights file says of the data that it was trained on."""
+    kwargs = {"data_dir": str(data_dir), **kwargs}
+    return {"data": split.record(), "dataset_kwargs": kwargs}
+
+
+def test_what_an_encoder_was_trained_on_is_found_again(tmp_path, monkeypatch, capsys):
+    helpers.cut_off_network(monkeypatch)
+    (tmp_path / "faces" / "ann").mkdir(parents=True)
+    (tmp_path / "faces" / "bob").mkdir()
+    for i in range(12):
+        name = "ann" if i % 3 else "bob"
+        Image.new("RGB", (9, 9), (20 * i, 0, 0)).save(tmp_path / f"faces/{name}/{i}.png")
+    cases = [
+        ("digits", tmp_path, dict(image_size=32, normalize=False)),
+        ("digits", tmp_path, dict(image_size=16, image_channels=3)),
+        ("mnist", tmp_path, dict(exclude_class=4)),  # digits, in its place
+        ("folder", tmp_path / "faces", dict(image_size=8, image_channels=3)),
+    ]
+    for kind, data_dir, settings in cases:
+        train, _ = load(kind, data_dir, **settings)
+        _, whole_test = load(kind, data_dir, **{**settings, "exclude_class": -1})
+        weights = recorded(train, data_dir)
+        for where in ("", str(data_dir)):
+            _, test = common.load_again(weights, where, "cpu")
+            assert labelled([test]) == labelled([whole_test])
+            assert test.normalize == train.normalize
+    train, test = common.load_again(recorded(load()[0], "."), "", "cpu", exclude_class=3)
+    assert 3 not in train.labels and 3 not in test.labels and len(test) == 450
+
+
+def test_what_is_not_there_any_more_is_said(tmp_path, monkeypatch):
+    helpers.cut_off_network(monkeypatch)
+    helpers.write_mnist(tmp_path, monkeypatch)
+    weights = recorded(load("mnist", tmp_path)[0], tmp_path)
+    with pytest.raises(common.BadInput, match="mnist is not in"):  # and no digits in its place
+        common.load_again(weights, str(tmp_path / "elsewhere"), "cpu")
+    own = recorded(load(helpers.OwnDataset())[0], tmp_path)
+    with pytest.raises(common.BadInput, match="trained on a OwnDataset from Python"):
+        common.load_again(own, "", "cpu")
+    for folder, names in (("one", "ab"), ("other", "ac")):
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("RGB", (9, 9)).save(tmp_path / folder / name / "1.png")
+    weights = recorded(load("folder", tmp_path / "one", batch_size=1)[0], tmp_path / "one")
+    with pytest.raises(common.BadInput, match="other holds other classes"):
+        common.load_again(weights, str(tmp_path / "other"), "cpu")

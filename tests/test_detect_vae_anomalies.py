@@ -1,235 +1,535 @@
 import csv
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from helpers import cut_off_network, dicts_of, read_png, run_here
 from PIL import Image
+from scipy import stats
+from torch.nn import functional as F
 
 import common
-import datasets
 import detect_vae_anomalies as detect
 import main_ae
 import main_gan
 import main_vae
 
-FILES = {"reconstruction_error_distribution.png", "anomalies_at_threshold.png", "anomaly_detection.csv"}
+FILES = {
+    "reconstruction_error_distribution.png",
+    "anomalies_at_threshold.png",
+    "anomaly_detection.csv",
+}
+FIVE = ["reconstruction", "negative ELBO", "KL", "latent distance", "pixel distance"]
+THREE = ["reconstruction", "latent distance", "pixel distance"]  # of an autoencoder
+CORRUPTIONS = 12
+MEASURES = ["AUROC", "AUPRC", "false positives", "true positives"]
 
 
-def run(path, out="", data_dir="nowhere", **overrides):
-    kwargs = {**detect.detection_kwargs, "device": "cpu", "other_data": "none", "num_images": 40, "bootstrap": 20,
-              "num_train": 200, "elbo_samples": 2, **overrides}
-    return detect.main({"weights_path": str(path), "output_dir": str(out), "data_dir": str(data_dir)}, kwargs)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """Weights of a VAE that has seen no 3."""
+    folder = tmp_path_factory.mktemp("vae")
+    changes = {
+        "dataset_type": "digits",
+        "batch_size": 500,
+        "hidden_size": 32,
+        "latent_dim": 4,
+        "num_epochs": 1,
+        "iwae_samples": 0,
+        "exclude_class": 3,
+        "precision": "float32",
+        "device": "cpu",
+        "num_threads": 1,
+        "data_dir": str(folder),
+        "output_dir": str(folder),
+    }
+    dicts = []
+    for kwargs in dicts_of(main_vae):
+        dicts.append({key: changes.get(key, value) for key, value in kwargs.items()})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(common, "save_curves", lambda *_: None)
+        main_vae.main(*dicts)
+    return folder / "weights_epoch_1.pt"
 
 
 @pytest.fixture
-def vae(tiny):
-    trainer = main_vae.main(*tiny(main_vae, num_epochs=1, batch_size=500, hidden_size=32, latent_dim=4, iwae_samples=0,
-                                  exclude_class=3))
-    return trainer.run.folder / "weights_epoch_1.pt"
+def vae(trained, tmp_path):
+    """The same in a folder of its own."""
+    (tmp_path / "vae").mkdir()
+    return Path(shutil.copy(trained, tmp_path / "vae"))
 
 
-def test_a_zero_that_was_left_out_is_what_is_shown(tiny, tmp_path, monkeypatch):
-    main_vae.main(*tiny(main_vae, num_epochs=1, batch_size=500, hidden_size=8, latent_dim=2, iwae_samples=0,
-                        exclude_class=0))
-    shown = []
-    monkeypatch.setattr(detect, "save_borderline", lambda rows, *_: shown.extend(rows))
-    run(tmp_path / "out" / "weights_epoch_1.pt")
-    assert shown == ["clean", "0, never trained on"]
+@pytest.fixture
+def no_pictures(monkeypatch):
+    monkeypatch.setattr(common, "save_curves", lambda *_: None)
+    monkeypatch.setattr(detect, "save_histograms", lambda *_: None)
+    monkeypatch.setattr(detect, "save_borderline", lambda *_: None)
+
+
+def run(path, out="", **overrides):
+    """main with few images and resamples."""
+    source, kwargs = dicts_of(detect)
+    small = {"device": "cpu", "other_data": "none", "num_images": 40, "bootstrap": 20}
+    kwargs.update({**small, "num_train": 200, "elbo_samples": 2, **overrides})
+    return detect.main({**source, "weights_path": str(path), "output_dir": str(out)}, kwargs)
+
+
+def read_table(folder):
+    with open(folder / "anomaly_detection.csv", encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# ----------------------------------------------------------------------- judgment
 
 
 def by_definition(clean, anomalous):
-    """AUROC from all pairs and from trapezoids, and average precision, from loops over the thresholds."""
-    pairs = np.mean([(a > c) + 0.5 * (a == c) for a in anomalous for c in clean])
+    """AUROC from all pairs and from trapezoids, and average precision from all thresholds."""
+    wins = anomalous[:, None] > clean
+    ties = anomalous[:, None] == clean
+    pairs = (wins + 0.5 * ties).mean()
     points, precision = [(0.0, 0.0)], 0.0
     for threshold in sorted({*clean, *anomalous}, reverse=True):
         hits, alarms = sum(anomalous >= threshold), sum(clean >= threshold)
         precision += (hits / len(anomalous) - points[-1][1]) * hits / (hits + alarms)
         points.append((alarms / len(clean), hits / len(anomalous)))
-    trapezoids = sum((x - u) * (y + v) / 2 for (u, v), (x, y) in zip(points, points[1:]))
-    return pairs, trapezoids, precision
+    across, up = np.array(points).T
+    return pairs, np.trapezoid(up, across), precision
 
 
-@pytest.mark.parametrize("levels", [2, 5, 30, None])  # how many scores there are: many ties, few, none
-def test_areas_and_rates_equal_their_definitions(levels):
+@pytest.mark.parametrize("levels", [2, 5, 30, None])  # of scores: many ties, few, none
+def test_measures_equal_their_definitions(levels):
     random = np.random.default_rng(0)
     clean, anomalous = random.normal(0, 1, 83), random.normal(0.7, 1.5, 57)
     if levels:
         clean, anomalous = (np.floor((part + 4) * levels / 8) for part in (clean, anomalous))
     threshold = np.quantile(clean, 0.9)
-    result = detect.judge(torch.from_numpy(clean), torch.from_numpy(anomalous), torch.tensor(threshold), 5, 0)
+    result = detect.measure(clean, anomalous, threshold)
     pairs, trapezoids, precision = by_definition(clean, anomalous)
-    assert abs(result["AUROC"][0] - pairs) < 1e-12 and abs(result["AUROC"][0] - trapezoids) < 1e-12
-    assert abs(result["AUPRC"][0] - precision) < 1e-12
-    assert abs(result["false positives"][0] - (clean > threshold).mean()) < 1e-12
-    assert abs(result["true positives"][0] - (anomalous > threshold).mean()) < 1e-12
+    statistic = stats.mannwhitneyu(anomalous, clean).statistic / (83 * 57)
+    for area in (pairs, trapezoids, statistic):
+        assert result["AUROC"] == pytest.approx(area, abs=1e-12)
+    assert result["AUPRC"] == pytest.approx(precision, abs=1e-12)
+    assert result["false positives"] == (clean > threshold).mean() < 0.15
+    assert result["true positives"] == (anomalous > threshold).mean()
 
 
-def test_areas_of_what_is_known_exactly():
-    low, high = torch.arange(5.0), torch.arange(10.0, 14)
+@pytest.mark.parametrize(
+    "clean, anomalous, wanted",
+    [
+        ([0, 1, 2, 3, 4], [10, 11, 12, 13], [1, 1, 0, 1]),
+        ([10, 11, 12, 13], [0, 1], [0, (1 / 5 + 2 / 6) / 2, 1, 0]),
+        ([1, 1, 1, 1, 1], [1, 1, 1, 1], [0.5, 4 / 9, 0, 0]),
+        # the 5 beats both, the other 2 beats one and ties with one
+        ([1, 2], [2, 5], [(2 + 1.5) / 4, (1 + 2 / 3) / 2, 0, 0.5]),
+        ([7], [7, 7, 8], [2 / 3, (1 + 3 / 4 + 3 / 4) / 3, 1, 1]),
+    ],
+)
+def test_measures_by_hand(clean, anomalous, wanted):
+    result = detect.measure(np.array(clean), np.array(anomalous), 4.5)
+    assert list(result) == MEASURES
+    assert list(result.values()) == pytest.approx(wanted, abs=1e-15)
 
-    def of(a, b):
-        result = detect.judge(a, b, torch.tensor(4.5), 3, 0)
-        return [result[name][0] for name in ("AUROC", "AUPRC", "false positives", "true positives")]
 
-    assert of(low, high) == [1, 1, 0, 1] and of(high, low)[0] == 0
-    assert of(torch.ones(5), torch.ones(4)) == [0.5, pytest.approx(4 / 9, abs=1e-15), 0, 0]
-
-
-def test_intervals_are_those_of_a_bootstrap_in_a_loop_and_of_the_binomial():
+def test_intervals_are_those_of_scipy_and_of_the_binomial():
     random = np.random.default_rng(1)
     clean, anomalous = np.round(random.normal(0, 1, 80), 1), np.round(random.normal(1, 1, 40), 1)
-    parts = [torch.from_numpy(part) for part in (clean, anomalous)]
-    result = detect.judge(*parts, torch.tensor(1.0), 2000, 0)
-    again, other = (detect.judge(*parts, torch.tensor(1.0), 2000, seed) for seed in (0, 1))
-    assert result == again != other
-    loop = np.array([by_definition(random.choice(clean, 80), random.choice(anomalous, 40))[1:] for _ in range(250)])
-    for name, column in (("AUROC", 0), ("AUPRC", 1)):
-        value, low, high = result[name]
-        wanted = np.quantile(loop[:, column], [0.025, 0.975])
-        assert low < value < high and np.abs(np.array([low, high]) - wanted).max() < 0.25 * (high - low)
+
+    def judge(seed):
+        return detect.judge(clean, anomalous, 1.0, 1500, np.random.default_rng(seed))
+
+    result = judge(0)
+    assert result == judge(0) != judge(1)
+    assert set(result) == {f"{name}{end}" for name in MEASURES for end in ("", " low", " high")}
+
+    def auroc(clean, anomalous):
+        return stats.mannwhitneyu(anomalous, clean).statistic / (80 * 40)
+
+    def average_precision(clean, anomalous):
+        return by_definition(clean, anomalous)[2]
+
+    for name, statistic, resamples in (("AUROC", auroc, 999), ("AUPRC", average_precision, 200)):
+        samples, method = (clean, anomalous), "percentile"
+        wanted = stats.bootstrap(samples, statistic, n_resamples=resamples, method=method)
+        low, high = result[f"{name} low"], result[f"{name} high"]
+        assert low < result[name] < high
+        assert [low, high] == pytest.approx(wanted.confidence_interval, abs=0.25 * (high - low))
     for name, part in (("false positives", clean), ("true positives", anomalous)):
-        value, low, high = result[name]
-        assert high - low == pytest.approx(2 * 1.96 * (value * (1 - value) / len(part)) ** 0.5, rel=0.2)
+        width = result[f"{name} high"] - result[f"{name} low"]
+        value = result[name]
+        deviation = (value * (1 - value) / len(part)) ** 0.5
+        assert width == pytest.approx(2 * 1.96 * deviation, rel=0.2)
 
 
-@torch.no_grad()
-def test_scores_of_single_images_equal_those_of_training(tiny, monkeypatch):
-    trainer = main_vae.main(*tiny(main_vae, num_epochs=0, hidden_size=16, latent_dim=3, iwae_samples=0))
-    trainer.encoder.fc_logvar.weight.mul_(3)
-    trainer.train.pixels, trainer.train.labels = trainer.train.pixels[:70], trainer.train.labels[:70]
-    scorer = detect.Scorer(trainer.encoder, trainer.decoder, trainer.train, 3)
-    images = trainer.test.pixels[:9] / 255
-    monkeypatch.setattr(torch, "randn_like", lambda mu: torch.full_like(mu, 0.5))
-    scores = scorer(images)
-    assert sorted(scores) == sorted(detect.SCORES) and all(part.shape == (9,) for part in scores.values())
-    codes = trainer.encoder(trainer.train.pixels.flatten(1) / 255)[0]
-    for i, x in enumerate(images.flatten(1)[:, None]):
-        mu, logvar = trainer.encoder(x)
-        kl = main_vae.kl_divergence(mu, logvar)
-        noisy = trainer.decoder(mu + (0.5 * logvar).exp() / 2)
-        wanted = {"reconstruction": main_vae.reconstruction_loss(trainer.decoder(mu), x), "KL": kl,
-                  "negative ELBO": main_vae.reconstruction_loss(noisy, x) + kl,
-                  "latent distance": (codes - mu).norm(dim=1).min(),
-                  "pixel distance": (trainer.train.pixels.flatten(1) / 255 - x).norm(dim=1).min()}
-        for name, value in wanted.items():
-            assert scores[name][i].item() == pytest.approx(value.item(), rel=1e-4, abs=1e-3), name
+def test_intervals_hold_the_truth_nineteen_times_in_twenty():
+    """Of two normal distributions a distance d apart, the AUROC is Phi(d / sqrt(2))."""
+    random = np.random.default_rng(0)
+    truth = stats.norm.cdf(1 / 2**0.5)
+    held = 0
+    for _ in range(100):
+        clean, anomalous = random.normal(0, 1, 100), random.normal(1, 1, 100)
+        result = detect.judge(clean, anomalous, 1.0, 100, random)
+        held += result["AUROC low"] < truth < result["AUROC high"]
+    assert 88 <= held <= 99  # 95 wanted; three standard deviations are 7
 
 
-@torch.no_grad()
-def test_colour_is_scored_in_the_range_of_the_networks(tiny):
-    trainer = main_ae.main(*tiny(main_ae, num_epochs=0, model_type="ae", feature_maps=4, latent_dim=3, image_size=8))
-    scorer = detect.Scorer(trainer.encoder, trainer.decoder, trainer.test, 3)
-    images, x = trainer.test.pixels[:5] / 255, trainer.test.batch(torch.arange(5))[0]
-    scores = scorer(images)
-    assert sorted(scores) == ["latent distance", "pixel distance", "reconstruction"]  # there is no KL
-    output = trainer.decoder(trainer.encoder(x)[0])
-    for i in range(5):
-        wanted = main_ae.reconstruction_loss(output[i:i + 1], x[i:i + 1]).item()
-        assert scores["reconstruction"][i].item() == pytest.approx(wanted, rel=1e-5)
-    assert scores["pixel distance"].abs().max() < 0.02  # they are among those it compares with
-    assert torch.allclose(scorer.rebuild(images), output.clamp(-1, 1) / 2 + 0.5, atol=1e-6)
+# ---------------------------------------------------------------------- anomalies
 
 
 @pytest.mark.parametrize("channels, side", [(1, 28), (3, 16)])
 def test_anomalies_are_what_they_are_called(channels, side):
-    random = torch.Generator().manual_seed(0)
-    x = 0.25 + 0.5 * torch.rand(40, channels, side, side, generator=random)
-    kinds = detect.corrupted(x, random)
-    assert all(images.shape == x.shape and images.min() >= 0 and images.max() <= 1 for images in kinds.values())
+    x = 0.25 + 0.5 * torch.rand(40, channels, side, side)
+    before = x.clone()
+    kinds = detect.corrupt(x)
+    assert len(kinds) == CORRUPTIONS and x.equal(before)
+    for images in kinds.values():
+        assert images.shape == x.shape and images.dtype == x.dtype
+        assert images.min() >= 0 and images.max() <= 1
     for sigma in (0.05, 0.1):
         change = kinds[f"Gaussian noise {sigma:g}"] - x
         assert change.std().item() == pytest.approx(sigma, rel=0.03) and abs(change.mean()) < 0.003
     for share in (0.2, 0.05, 0.01):
-        hit = (kinds[f"salt and pepper {share:.0%}"] != x).any(1)
-        values = kinds[f"salt and pepper {share:.0%}"].transpose(0, 1)[:, hit]
-        assert hit.float().mean().item() == pytest.approx(share, rel=0.2) and ((values == 0) | (values == 1)).all()
-        assert values.mean().item() == pytest.approx(0.5, abs=0.1) and (values == values[:1]).all()  # whole pixels
+        spoilt = kinds[f"salt and pepper {share:.0%}"]
+        hit = (spoilt != x).any(1)
+        values = spoilt.transpose(0, 1)[:, hit]
+        assert hit.float().mean().item() == pytest.approx(share, rel=0.2)
+        assert ((values == 0) | (values == 1)).all() and (
+            values == values[:1]
+        ).all()  # whole pixels
+        assert values.mean().item() == pytest.approx(0.5, abs=0.1)
     assert torch.allclose(kinds["inverted"] + x, torch.ones_like(x))
     assert kinds["rotated by 90 degrees"].equal(torch.rot90(x, 1, (2, 3)))
-    black = (kinds["a square blacked out"] == 0).all(1)
-    assert (black.flatten(1).sum(1) == (side // 3) ** 2).all() and black.float().mean(0).max() < 1
-    for one in black:
-        rows, columns = one.any(1).nonzero(), one.any(0).nonzero()
-        assert rows[-1] - rows[0] == columns[-1] - columns[0] == side // 3 - 1
-    assert kinds["a square blacked out"][~black[:, None].expand_as(x)].equal(x[~black[:, None].expand_as(x)])
-    assert kinds["blurred"].std() < 0.6 * x.std() and abs(kinds["blurred"].mean() - x.mean()) < 0.01
-    point = torch.zeros(1, channels, 33, 33)
-    point[:, :, 16, 26] = 1
-    blurred = detect.corrupted(point, random)["blurred"][0, 0]
-    assert blurred.sum().item() == pytest.approx(1, abs=1e-5) and (blurred > 0).sum() == 25
-    # a point 10 to the right of the middle, turned by 30 degrees, is 8.7 to the right and 5 up (or down)
-    weight = detect.corrupted(point, random)["rotated by 30 degrees"][0, 0]
-    ys, xs = torch.meshgrid(torch.arange(33) - 16.0, torch.arange(33) - 16.0, indexing="ij")
-    assert (weight * xs).sum() / weight.sum() == pytest.approx(8.66, abs=0.3)
-    assert abs((weight * ys).sum() / weight.sum()) == pytest.approx(5, abs=0.3)
+    assert kinds["blurred"].std() < 0.6 * x.std()
+    assert abs(kinds["blurred"].mean() - x.mean()) < 0.01
 
 
-def test_a_left_out_class_is_judged_and_nothing_is_judged_by_itself(vae, tmp_path, monkeypatch):
-    seen, plain, trains = [], detect.Scorer.__call__, []
-    start = detect.Scorer.__init__
-    monkeypatch.setattr(detect.Scorer, "__call__", lambda self, images: (seen.append(images), plain(self, images))[1])
-    monkeypatch.setattr(detect.Scorer, "__init__", lambda self, encoder, decoder, train, samples: (
-        trains.append(train), start(self, encoder, decoder, train, samples))[1])
-    results = run(vae)
-    assert FILES <= {path.name for path in vae.parent.iterdir()}
-    held_out, judged, left_out, *_ = [{image.numpy().tobytes() for image in images} for images in seen]
-    assert len(held_out) == len(judged) == 150 and not held_out & judged and len(left_out) == 50
-    inverted = {(255 - 255 * image).round().byte().numpy().tobytes() for image in seen[-5]}
-    assert len(inverted) == 40 and "inverted" == list(dict.fromkeys(kind for kind, _ in results))[-5]
-    clean = {(255 * image).round().byte().numpy().tobytes() for images in seen[:2] for image in images}
-    assert not inverted & clean  # what is distorted is none of the clean
-    test = datasets.load_data("digits", "", False, 1, False, 28, 1, "cpu")[1]
-    assert left_out == {(image / 255).numpy().tobytes() for image in test.pixels[test.labels == 3]}
-    assert (trains[0].labels != 3).all() and len(trains[0]) == 200
-
-    with open(vae.parent / "anomaly_detection.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(results) == 13 * 5
-    for row in rows:
-        result = results[row["anomaly"], row["score"]]
-        assert [float(row[f"{name}{end}"]) for name in result for end in ("", " low", " high")] == pytest.approx(
-            [value for values in result.values() for value in values], abs=1e-4)
-    first = rows[0]
-    assert (first["anomaly"], first["clean"], first["anomalous"]) == ("3, never trained on", "150", "50")
-    scores = plain(detect.Scorer(*main_vae.load_model(vae), trains[0], 2), seen[0])
-    assert float(first["threshold"]) == pytest.approx(scores["reconstruction"].quantile(0.95).item(), rel=1e-3)
-    assert results["inverted", "reconstruction"]["AUROC"][0] > 0.99
-
-    run(vae, tmp_path / "again")
-    assert {path.name for path in (tmp_path / "again").iterdir()} == FILES
-    for name in FILES:  # the same every time
-        assert (tmp_path / "again" / name).read_bytes() == (vae.parent / name).read_bytes()
+def test_a_black_square_is_one():
+    x = 0.25 + 0.5 * torch.rand(200, 1, 28, 28)
+    spoilt = detect.corrupt(x)["a square blacked out"]
+    black = (spoilt == 0)[:, 0]
+    assert (black.flatten(1).sum(1) == 9 * 9).all()
+    tops, lefts = set(), set()
+    for image in black:
+        rows, columns = image.any(1).nonzero(), image.any(0).nonzero()
+        assert rows[-1] - rows[0] == columns[-1] - columns[0] == 8
+        tops.add(rows[0].item())
+        lefts.add(columns[0].item())
+    # a margin of 3: every place from 3 on to 28 - 9 - 3
+    assert tops == lefts == set(range(3, 17))
+    assert spoilt[~black[:, None]].equal(x[~black[:, None]])
 
 
-def test_another_data_set_is_brought_into_shape_or_left_out(vae, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_point_is_turned_and_blurred(channels):
+    point = torch.zeros(2, channels, 33, 33)
+    point[1, 0, 16, 26] = 1  # the first image stays black, and so do other channels
+    kinds = detect.corrupt(point)
+    along = torch.arange(33) - 16.0
+    ys, xs = torch.meshgrid(along, along, indexing="ij")
+    for kind in ("blurred", "rotated by 30 degrees"):
+        spoilt = kinds[kind]
+        assert spoilt[0].abs().max() == 0 and spoilt[1, 1:].abs().sum() == 0
+    blurred = kinds["blurred"][1, 0]
+    bell = torch.exp(-0.5 * ((xs - 10).square() + ys.square())) / (2 * torch.pi)
+    assert torch.allclose(blurred, bell, atol=5e-4)
+    # 10 to the right of the middle, turned by 30 degrees, is 8.7 to the right and 5 up
+    turned = kinds["rotated by 30 degrees"][1, 0]
+    assert (turned * xs).sum() / turned.sum() == pytest.approx(8.66, abs=0.3)
+    assert (turned * ys).sum() / turned.sum() == pytest.approx(-5, abs=0.3)
+    ones = detect.corrupt(torch.ones(1, channels, 33, 33))
+    assert ones["rotated by 30 degrees"].min() > 0.999  # no black corners
+    assert ones["blurred"].min() > 0.999
+
+
+# ------------------------------------------------------------------------- scores
+
+
+def open_scorer(path, num_train=70, elbo_samples=3):
+    return detect.AnomalyScorer(path, "", torch.device("cpu"), num_train, elbo_samples)
+
+
+@torch.no_grad()
+def test_scores_of_single_images_equal_the_losses_of_training(vae, monkeypatch):
+    encoder, decoder = main_vae.load_model(vae)
+    train, test = common.load_data("digits", "", image_channels=1, device="cpu")
+    seen = train.pixels[train.labels != 3].flatten(1) / 255
+    some = torch.linspace(0, len(seen) - 1, 70).round().long()
+    seen = seen[some]
+    codes, _ = encoder(seen)
+    images = test.pixels[:9] / 255
+    scorer = open_scorer(vae)
+    monkeypatch.setattr(torch, "randn_like", lambda mu: torch.full_like(mu, 0.5))
+    scores = scorer(images)
+    assert list(scores) == FIVE
+    for i, x in enumerate(images.flatten(1)[:, None]):
+        mu, logvar = encoder(x)
+        kl = main_vae.kl_divergence(mu, logvar)
+        noisy = decoder(mu + (0.5 * logvar).exp() / 2)
+        wanted = {
+            "reconstruction": main_vae.reconstruction_loss(decoder(mu), x),
+            "negative ELBO": main_vae.reconstruction_loss(noisy, x) + kl,
+            "KL": kl,
+            "latent distance": (codes - mu).norm(dim=1).min(),
+            "pixel distance": (seen - x).norm(dim=1).min(),
+        }
+        for name, value in wanted.items():
+            assert scores[name][i] == pytest.approx(value.item(), rel=1e-4, abs=1e-3), name
+    rebuilt = decoder(encoder(images)[0]).sigmoid().view_as(images)
+    assert torch.allclose(scorer.rebuild(images), rebuilt, atol=1e-6)
+
+
+def test_the_elbo_is_a_mean_over_samples_and_images_are_scored_in_parts(vae):
+    _, test = common.load_data("digits", "", image_channels=1, device="cpu")
+    images = test.pixels[:1].expand(1200, -1, -1, -1) / 255
+    spreads = []
+    for elbo_samples in (1, 16):
+        scores = open_scorer(vae, elbo_samples=elbo_samples)(images)
+        assert all(part.shape == (1200,) for part in scores.values())
+        assert np.ptp(scores["reconstruction"]) < 1e-3  # no noise in it
+        spreads.append(scores["negative ELBO"].std())
+    assert spreads[0] / spreads[1] == pytest.approx(4, rel=0.15)
+
+
+def test_colour_is_scored_in_the_range_of_the_networks(tiny, no_pictures):
+    settings = {"num_epochs": 1, "batch_size": 4500, "model_type": "ae", "image_size": 8}
+    trainer = main_ae.main(*tiny(main_ae, **settings, feature_maps=4, latent_dim=3))
+    path = trainer.folder / "weights_epoch_1.pt"
+    encoder, decoder = main_ae.load_model(path)
+    images = trainer.train.pixels[:5] / 255
+    x, _ = trainer.train.batch(torch.arange(5))  # in [-1, 1]
+    scorer = open_scorer(path, num_train=5000)
+    scores = scorer(images)
+    assert list(scores) == THREE
+    output = decoder(encoder(x)[0]).detach()
+    for i in range(5):
+        wanted = F.mse_loss(output[i], x[i], reduction="sum").item()
+        assert scores["reconstruction"][i] == pytest.approx(wanted, rel=1e-5)
+    assert scores["pixel distance"].max() < 0.02  # they are among the training images
+    assert torch.allclose(scorer.rebuild(images), output.clamp(-1, 1) / 2 + 0.5, atol=1e-6)
+    rows = run(path)
+    assert len(rows) == CORRUPTIONS * 3
+
+
+# ----------------------------------------------------------------- the whole script
+
+
+def test_a_left_out_class_is_judged_and_nothing_is_judged_by_itself(vae, monkeypatch, no_pictures):
+    seen = []
+    score = detect.AnomalyScorer.__call__
+
+    def look(scorer, images):
+        seen.append(images)
+        return score(scorer, images)
+
+    monkeypatch.setattr(detect.AnomalyScorer, "__call__", look)
+    rows = run(vae)
+    sets = []
+    for images in seen:
+        bytes_of = {(255 * image).round().byte().numpy().tobytes() for image in images}
+        sets.append(bytes_of)
+    held_out, judged, left_out = sets[:3]
+    assert len(held_out) == len(judged) == 150 and not held_out & judged
+    inverted = {(255 - 255 * image).round().byte().numpy().tobytes() for image in seen[10]}
+    assert len(inverted) == 40 and not inverted & (held_out | judged)
+    _, test = common.load_data("digits", "", image_channels=1, device="cpu")
+    of_three = test.pixels[test.labels == 3]
+    assert left_out == {image.numpy().tobytes() for image in of_three}
+    others = test.pixels[test.labels != 3]
+    assert not held_out <= {image.numpy().tobytes() for image in others[:300]}  # shuffled
+    assert held_out | judged | inverted <= {image.numpy().tobytes() for image in others}
+
+    kinds = list(dict.fromkeys(row["anomaly"] for row in rows))
+    assert len(kinds) == CORRUPTIONS + 1 and len(rows) == len(kinds) * 5
+    assert [row["score"] for row in rows] == FIVE * len(kinds)
+    scorer = open_scorer(vae, 200, 2)
+    clean, strange = scorer(seen[1])["reconstruction"], scorer(seen[2])["reconstruction"]
+    row = next(row for row in rows if row["anomaly"] == "3, never trained on")
+    assert (row["clean"], row["anomalous"]) == (150, 50)
+    threshold = np.percentile(scorer(seen[0])["reconstruction"], 95)
+    assert row["threshold"] == pytest.approx(threshold, rel=1e-6)
+    for name, value in detect.measure(clean, strange, threshold).items():
+        assert row[name] == pytest.approx(value, abs=1e-9)
+        assert row[f"{name} low"] <= row[name] <= row[f"{name} high"]
+    inverted = [row["AUROC"] for row in rows if row["anomaly"] == "inverted"]
+    assert inverted[0] > 0.99
+
+
+def test_the_table_says_what_main_returns_and_a_second_run_the_same(vae, tmp_path, capsys):
+    rows = run(vae)
+    shown = capsys.readouterr().out
+    table = read_table(vae.parent)
+    columns = ["anomaly", "score", "clean", "anomalous", "threshold"]
+    for name in MEASURES:
+        columns += [name, f"{name} low", f"{name} high"]
+    assert list(table[0]) == columns and len(table) == len(rows)
+    for written, row in zip(table, rows):
+        assert (written["anomaly"], written["score"]) == (row["anomaly"], row["score"])
+        for name in columns[2:]:
+            assert float(written[name]) == row[name], name
+    lines = shown.splitlines()
+    assert len({len(line) for line in lines[1:]}) == 1  # columns stand below their names
+    assert lines[1].split("  ")[0] == "AUROC (95 % interval)" and lines[1].endswith(FIVE[-1])
+    assert lines[0].startswith(f"{vae}: main_vae on digits without 3, epoch 1; threshold: the 95th")
+    for number, line in enumerate(lines[2:]):
+        of_one = rows[5 * number : 5 * number + 5]
+        assert line.startswith(of_one[0]["anomaly"])
+        words = line[28:].replace("(", "").replace(")", "").replace("to", "").split()
+        wanted = []
+        for row in of_one:
+            wanted += [row["AUROC"], row["AUROC low"], row["AUROC high"]]
+        assert [float(word) for word in words] == pytest.approx(wanted, abs=6e-4)
+    assert len(lines) == 2 + CORRUPTIONS + 1
+    again = tmp_path / "again"
+    run(vae, again)
+    assert {path.name for path in again.iterdir()} == FILES
+    for name in FILES:
+        assert (again / name).read_bytes() == (vae.parent / name).read_bytes()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures that were written."""
+    seen = []
+    write = common.write
+
+    def look(path, figure):
+        seen.append(figure)
+        write(path, figure)
+
+    monkeypatch.setattr(common, "write", look)
+    return seen
+
+
+def test_pictures_show_both_sides_of_the_threshold(trained, tmp_path, figures):
+    scorer = open_scorer(trained)
+    _, test = common.load_data("digits", "", image_channels=1, device="cpu")
+    images = test.pixels[:24] / 255
+    errors = scorer(images)["reconstruction"]
+    order = errors.argsort()
+    middle = errors[order[11]]  # twelve are below or at it, twelve above
+    clean = detect.Group("clean", images, {"reconstruction": errors})
+    far = detect.Group("far", images, {"reconstruction": errors + 1e6})
+    detect.save_borderline([clean, far], scorer, middle, tmp_path)
+    rebuilt = scorer.rebuild(images)
+    wanted = {
+        "clean, accepted: errors ": order[4:12],
+        "clean, rejected: errors ": order[12:20],
+        "far: none is accepted": [],
+        "far, rejected: errors ": order[:8],
+    }
+    assert len(figures[0].axes) == 4
+    for axes, (title, chosen) in zip(figures[0].axes, wanted.items()):
+        assert axes.get_title().startswith(title)
+        assert axes.get_title().endswith(f"threshold {middle:.1f}")
+        assert len(axes.get_images()) == (len(chosen) > 0)
+        for place, number in enumerate(chosen):
+            shown = axes.get_images()[0].get_array()  # (59, 233, 3), with lines of one pixel
+            left = 1 + 29 * place
+            for top, image in ((1, images[number, 0]), (30, rebuilt[number, 0])):
+                tile = shown[top : top + 28, left : left + 28, 0]
+                assert np.abs(tile - image.numpy()).max() < 1e-6
+    first, last = errors[order[4]], errors[order[11]]
+    assert f"errors {first:.1f} to {last:.1f}," in figures[0].axes[0].get_title()
+    picture = read_png(tmp_path / "anomalies_at_threshold.png")
+    assert picture.min() == 0 and picture.max() == 255
+
+
+def test_histograms_show_clean_and_anomalous_in_every_panel(tmp_path, figures):
+    x = torch.zeros(200, 1, 2, 2)
+    clean = detect.Group("clean", x, {"reconstruction": np.linspace(0, 1, 200)})
+    groups = []
+    for shift in (5, 0.5, 0.0, 1, 2):
+        scores = {"reconstruction": np.linspace(shift, 1 + shift, 200)}
+        groups.append(detect.Group(f"shifted by {shift}", x, scores))
+    detect.save_histograms(clean, groups, 0.9, "a title", tmp_path)
+    panels = figures[0].axes
+    assert [axes.get_title() for axes in panels] == [
+        "shifted by 5\nAUROC 1.000, 100% found",
+        "shifted by 0.5\nAUROC 0.874, 60% found",
+        "shifted by 0.0\nAUROC 0.500, 10% found",
+        "shifted by 1\nAUROC 1.000, 100% found",
+        "shifted by 2\nAUROC 1.000, 100% found",
+    ]
+    for axes, group in zip(panels, groups):
+        for outline in axes.patches:
+            part = {"clean": clean, "anomalous": group}[outline.get_label()]
+            values = part.scores["reconstruction"]
+            across, up = outline.get_xy().T
+            assert abs(np.trapezoid(up, across)) == pytest.approx(1)
+            # the last bar holds all beyond
+            *_, start, end = np.unique(across)
+            height = np.mean(values >= start) / (end - start)
+            assert up[across == end].max() == pytest.approx(height)
+        assert axes.get_lines()[0].get_xdata() == [0.9, 0.9]
+    picture = read_png(tmp_path / "reconstruction_error_distribution.png").astype(int)
+    blue, red = picture[..., 2] - picture[..., 0] > 60, picture[..., 0] - picture[..., 2] > 60
+    assert blue.sum() > 2000 and red.sum() > 2000
+
+
+def test_the_class_that_was_left_out_is_what_is_shown_else_the_hardest(vae, monkeypatch):
+    shown = []
+
+    def look(groups, *_):
+        shown.append([group.name for group in groups])
+
+    monkeypatch.setattr(detect, "save_borderline", look)
     monkeypatch.setattr(detect, "save_histograms", lambda *_: None)
-    results = run(vae, tmp_path, other_data="digits")
-    assert results["digits instead", "pixel distance"]["AUROC"][0] < 0.9
-    monkeypatch.setattr(datasets, "_torchvision", lambda *_: (_ for _ in ()).throw(OSError("no network")))
-    results = run(vae, tmp_path, other_data="auto", data_dir=tmp_path)
+    weights = torch.load(vae, weights_only=True)
+    for label in (0, -1):
+        weights["dataset_kwargs"]["exclude_class"] = label
+        torch.save(weights, vae)
+        rows = run(vae)
+        kinds = {row["anomaly"] for row in rows}
+        assert ("0, never trained on" in kinds) == (label == 0)
+    assert shown == [["clean", "0, never trained on"], ["clean", rows[-1]["anomaly"]]]
+    errors = [row["AUROC"] for row in rows if row["score"] == "reconstruction"]
+    assert errors[0] > 0.99 and errors[-1] < 0.75  # the easy kinds first
+
+
+def test_another_data_set_is_brought_into_shape_or_left_out(vae, capsys, monkeypatch, no_pictures):
+    rows = run(vae, other_data="digits")
+    of_digits = [row for row in rows if row["anomaly"] == "digits instead"]
+    row = of_digits[FIVE.index("pixel distance")]
+    assert row["AUROC"] < 0.9 and row["anomalous"] == 40
+    cut_off_network(monkeypatch)
+    rows = run(vae, other_data="auto")
     told = capsys.readouterr().err
-    assert "left out: cifar10 is not in" in told and not any("cifar10" in kind for kind, _ in results)
+    assert "left out: cifar10 is not in" in told and told.count("\n") == 1
+    assert len(rows) == 5 * (CORRUPTIONS + 1)
 
 
-def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, tiny):
+def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, tiny, no_pictures):
     monkeypatch.chdir(tmp_path)
     main_gan.main(*tiny(main_gan, num_epochs=1, batch_size=4500))
-    weights = {"script": "main_vae", "data": "folder few", "epoch": 1,
-               "model_kwargs": {"hidden_size": 4, "latent_dim": 2, "image_size": 784}}
-    networks = main_vae.Encoder(**weights["model_kwargs"]), main_vae.Decoder(**weights["model_kwargs"])
-    common.save("few.pt", {**weights, "encoder": networks[0].state_dict(), "decoder": networks[1].state_dict()})
     (tmp_path / "few").mkdir()
     for i in range(20):
         Image.new("L", (28, 28), i).save(tmp_path / "few" / f"{i}.png")
-    for options, words in (([], "with an encoder and a decoder; train first: python main_vae.py"),
-                           (["--weights_path", "out/weights_epoch_1.pt"], "main_gan.py is no script of this collec"),
-                           (["--weights_path", "few.pt"], "a folder few: say where it is with --data_dir"),
-                           (["--weights_path", "few.pt", "--data_dir", "few"], "has 2 test images; 30 are the least"),
-                           (["--percentile", "100"], "legal: in (0, 100)"), (["--bootstrap", "0"], "legal: >= 1")):
-        monkeypatch.setattr("sys.argv", ["detect_vae_anomalies.py", *options])
-        with pytest.raises(SystemExit) as stop:
-            common.run(detect.main, detect.source_kwargs, detect.detection_kwargs)
+    settings = {"num_epochs": 1, "batch_size": 18, "hidden_size": 4, "iwae_samples": 0}
+    folder = {"dataset_type": "folder", "data_dir": "few", "output_dir": "of_few"}
+    main_vae.main(*tiny(main_vae, **settings, **folder))
+    few = ["--weights_path", "of_few/weights_epoch_1.pt"]
+    capsys.readouterr()
+    wrong = [
+        (few, "has 2 test images; 30 are the least"),
+        ([*few, "--data_dir", "nowhere"], "there is no folder nowhere"),
+        (["--weights_path", "out/weights_epoch_1.pt"], "holds no encoder"),
+        (["--weights_path", "no.pt"], "there is no file no.pt"),
+        (["--percentile", "100"], "percentile must be above 0 and below 100"),
+        (["--percentile", "0"], "percentile must be above 0 and below 100"),
+        (["--bootstrap", "0"], "bootstrap must be at least 1"),
+        (["--num_images", "0"], "num_images must be at least 1"),
+        (["--num_train", "-1"], "num_train must be at least 1"),
+        (["--elbo_samples", "0"], "elbo_samples must be at least 1"),
+        (["--other_data", "sprites"], "other_data must be one of auto, mnist"),
+        ([*few, "--seed", "-1"], "seed must be between"),
+    ]
+    for options, words in wrong:
+        assert run_here(detect, *options) == 2
         told = capsys.readouterr().err
-        assert stop.value.code == 2 and words in told and told.count("\n") == 1
+        assert words in told and told.count("\n") == 1, told
         assert told.startswith("detect_vae_anomalies.py: ")
+    (tmp_path / "of_few" / "weights_epoch_1.pt").unlink()
+    assert run_here(detect) == 2  # the generator's weights are none
+    assert "no folder here holds a weights_*.pt with encoder" in capsys.readouterr().err
     assert not list(tmp_path.glob("**/anomal*"))

@@ -4,54 +4,77 @@ import hashlib
 import io
 import math
 import os
+import signal
 import tarfile
-from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from conftest import dicts_of
 from PIL import Image
 from torch.nn import functional as F
+from torch.utils.data import TensorDataset
 
 import common
-import datasets
 import fid
 import gan_cub
 
-SMALL = dict(feature_maps=8, latent_dim=4, batch_size=8, image_size=16, num_iterations=8, eval_every=4, d_steps=2,
-             score_images=0)
+SMALL = {
+    "feature_maps": 8,
+    "latent_dim": 4,
+    "batch_size": 8,
+    "image_size": 16,
+    "num_iterations": 8,
+    "sample_every": 4,
+    "d_steps": 2,
+    "score_images": 0,
+    "score_features": "classifier",
+    "num_threads": 1,
+    "device": "cpu",
+    "precision": "float32",
+}
 
 
 @functools.lru_cache
-def few_digits(channels, num_classes):
-    splits, class_names = all_digits(channels, num_classes)
-    return [[part[:size] for part in split] for split, size in zip(splits, (500, 100))], class_names
+def few_digits():
+    """300 of the bundled digits, small and coloured, as a Dataset from Python."""
+    train, _ = common.load_data("digits", "", image_channels=3, image_size=16, device="cpu")
+    return TensorDataset(train.pixels[::15], train.labels[::15])
 
 
-all_digits = datasets._digits
+def small_dicts(folder, **overrides):
+    """The script's five dicts, shrunk; everything is written below `folder`."""
+    places = {"output_dir": str(folder / "out"), "data_dir": str(folder / "data")}
+    settings = {**SMALL, **places, "dataset_type": few_digits(), **overrides}
+    dicts = dicts_of(gan_cub)
+    known = {key for kwargs in dicts for key in kwargs}
+    assert set(settings) <= known
+    for kwargs in dicts:
+        for key in kwargs:
+            kwargs[key] = settings.get(key, kwargs[key])
+    return dicts
+
+
+def save_nothing(history, panels, title, path):
+    common.write(path, b"")
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch):
-    """Fewer digits; and empty files for curves, which are common.py's and tested there."""
-    monkeypatch.setattr(datasets, "_digits", few_digits)
-    monkeypatch.setattr(common, "save_curves", lambda history, panels, title, path: common.write(path, b""))
+def no_curves(monkeypatch):
+    """Empty files for curves: save_curves is common.py's and is tested there."""
+    monkeypatch.setattr(common, "save_curves", save_nothing)
 
 
 @pytest.fixture
-def tiny_cub(tiny):
-    """tiny_cub(**overrides) -> the three dicts: this script counts iterations, not epochs."""
+def make(tmp_path):
+    """make(**overrides) -> an untrained Trainer, whose next steps have learning rate 0.001."""
 
-    def make(**overrides):
-        settings = {"dataset_type": "digits", "score_features": "classifier", **SMALL, **overrides}
-        # the fixture asks for keys that every other script has
-        with mock.patch.dict(gan_cub.trainer_kwargs, num_epochs=0, sample_every=0):
-            dicts = tiny(gan_cub, **settings)
-        for key in ("num_epochs", "sample_every"):
-            del dicts[2][key]
-        return dicts
+    def make_trainer(**overrides):
+        trainer = gan_cub.main(*small_dicts(tmp_path, **{"num_iterations": 0, **overrides}))
+        trainer.lr.fill_(1e-3)
+        return trainer
 
-    return make
+    return make_trainer
 
 
 def flat(network):
@@ -62,239 +85,278 @@ def count(network):
     return sum(p.numel() for p in network.parameters())
 
 
+def random_images(number):
+    return torch.rand(number, 3, 16, 16) * 2 - 1
+
+
+# ---------------------------------------------------------------------------- networks
+
+
 def test_default_networks_are_the_described_ones():
-    settings = gan_cub.model_kwargs
-    assert count(gan_cub.Generator(**settings, image_size=32)) == 1_204_099
-    assert count(gan_cub.Discriminator(settings["feature_maps"], 32, spectral_norm=False)) == 1_053_825
-    plain = gan_cub.Discriminator(8, 32, spectral_norm=False)
-    assert not [m for m in plain.modules() if isinstance(m, torch.nn.BatchNorm2d)], "the penalty is an image's own"
+    assert count(gan_cub.Generator(128, 128, 3, 32)) == 1_204_099
+    discriminator = gan_cub.Discriminator(128, 3, 32, spectral_norm=False)
+    assert count(discriminator) == 1_053_825
+    norms = [m for m in discriminator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not norms, "the penalty is on an image's own gradient"
 
 
 @pytest.mark.parametrize("size", [16, 32, 64])
-def test_shapes_at_every_size(size):
-    images = gan_cub.Generator(latent_dim=4, feature_maps=8, image_size=size)(torch.randn(2, 4))
-    assert images.shape == (2, 3, size, size) and images.abs().max() <= 1
+@pytest.mark.parametrize("channels", [1, 3])
+def test_shapes_at_every_size(size, channels):
+    images = gan_cub.Generator(4, 8, channels, size)(torch.randn(2, 4))
+    assert images.shape == (2, channels, size, size)
+    assert images.abs().max() <= 1
     for spectral_norm in (False, True):
-        assert gan_cub.Discriminator(8, size, spectral_norm)(images).shape == (2,)
-
-
-def test_only_the_pixels_are_not_rectified():
-    for block in gan_cub.Discriminator(feature_maps=3, image_size=32, spectral_norm=False).blocks[1:-1]:
-        assert isinstance(block.residual[1], torch.nn.ReLU)
-    assert all(isinstance(block.residual[1], torch.nn.ReLU) for block in gan_cub.Generator(4, 3, 32).model[2:5])
+        discriminator = gan_cub.Discriminator(8, channels, size, spectral_norm)
+        assert discriminator(images).shape == (2,)
+        assert discriminator.blocks(images).shape == (2, 8, 8, 8), "8 x 8 at every size"
 
 
 def test_upsampling_is_nearest_neighbour_before_the_convolutions():
-    x = torch.randn(2, 6, 5, 7)
-    block = gan_cub.Generator(latent_dim=4, feature_maps=6, image_size=16).model[2].eval()
+    block = gan_cub.ResBlockUp(6).eval()
     norm1, _, conv1, norm2, _, _, conv2 = block.residual
-    up = F.interpolate(norm2(conv1(norm1(x).relu())).relu(), scale_factor=2, mode="nearest")
-    expected = conv2(up) + block.shortcut[0](F.interpolate(x, scale_factor=2, mode="nearest"))
-    assert torch.allclose(block(x), expected, atol=1e-6)
-    with torch.no_grad():  # alone: a shortcut that convolves nothing repeats each pixel four times, channel by channel
-        block.shortcut[0].weight.copy_(torch.eye(6)[:, :, None, None])
-        block.shortcut[0].bias.zero_()
-    assert block.shortcut(x).equal(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    x = torch.randn(2, 6, 5, 7)
+    inner = norm2(conv1(norm1(x).relu())).relu()
+    residual = conv2(F.interpolate(inner, scale_factor=2, mode="nearest"))
+    repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    assert torch.allclose(block(x), residual + block.shortcut[0](repeated), atol=1e-6)
 
 
 def test_downsampling_is_the_mean_of_2x2_before_the_convolutions():
-    first, block, flat_block = gan_cub.Discriminator(6, 32, spectral_norm=False).blocks[:3]
     x = torch.randn(2, 6, 8, 4)
-    _, _, conv1, _, _, _, conv2 = block.residual
     mean = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # (N, C, H/2, 2, W/2, 2)
-    assert torch.allclose(mean, F.avg_pool2d(x, 2), atol=1e-6)
-    expected = conv2(F.avg_pool2d(conv1(x.relu()).relu(), 2)) + block.shortcut[1](mean)
-    assert torch.allclose(block(x), expected, atol=1e-6)
-    _, _, conv1, _, _, _, conv2 = flat_block.residual
-    assert torch.allclose(flat_block(x), x + conv2(conv1(x.relu()).relu()), atol=1e-6)
-    pixels = torch.rand(2, 3, 4, 4) - 1  # all below 0
-    assert not torch.allclose(first.residual(pixels), first.residual(pixels / 2)), "dark pixels are seen"
+    down = gan_cub.ResBlockDown(6)
+    _, conv1, _, _, conv2 = down.residual
+    residual = conv2(F.avg_pool2d(conv1(x.relu()).relu(), 2))
+    assert torch.allclose(down(x), residual + down.shortcut[1](mean), atol=1e-6)
+    first = gan_cub.FirstResBlock(6, 5)
+    conv1, _, _, conv2 = first.residual
+    residual = conv2(F.avg_pool2d(conv1(x).relu(), 2))  # no ReLU first: dark pixels are seen
+    assert torch.allclose(first(x), residual + first.shortcut[1](mean), atol=1e-6)
+
+
+def test_a_block_that_keeps_the_size_adds_to_its_input():
+    x = torch.randn(2, 6, 8, 4)
+    block = gan_cub.ResBlock(6)
+    _, conv1, _, conv2 = block.residual
+    assert torch.allclose(block(x), x + conv2(conv1(x.relu()).relu()), atol=1e-6)
 
 
 def test_the_discriminator_sums_over_the_pixels():
-    network = gan_cub.Discriminator(8, 32, spectral_norm=False)
+    network = gan_cub.Discriminator(8, 3, 32, spectral_norm=False)
     x = torch.randn(3, 3, 32, 32)
-    features = network.blocks(x)
-    assert features.shape == (3, 8, 8, 8) and features.min() >= 0
-    by_hand = features.detach().numpy().sum((2, 3)) @ network.linear.weight.detach().numpy()[0]
-    assert np.allclose(network(x).detach().numpy(), by_hand + network.linear.bias.item(), atol=1e-4)
+    features = network.blocks(x).detach()
+    assert features.min() >= 0
+    weight = network.linear.weight.detach().numpy()[0]
+    by_hand = features.numpy().sum((2, 3)) @ weight + network.linear.bias.item()
+    assert np.allclose(network(x).detach().numpy(), by_hand, atol=1e-4)
 
 
-@pytest.mark.parametrize("loss", gan_cub.LOSSES)
+def test_hinge_has_spectral_norms_of_one_and_no_other_loss_has(make):
+    trainer = make(loss="hinge")
+    for _ in range(30):
+        trainer.discriminator(random_images(2))
+    kinds = (torch.nn.Conv2d, torch.nn.Linear)
+    layers = [m for m in trainer.discriminator.modules() if isinstance(m, kinds)]
+    assert len(layers) == 8
+    for layer in layers:
+        matrix = layer.weight.detach().flatten(1).numpy()
+        assert np.linalg.svd(matrix, compute_uv=False)[0] == pytest.approx(1, abs=0.02)
+    other = make(loss="wgan-gp", resume=False)
+    assert not [name for name in other.discriminator.state_dict() if "parametrizations" in name]
+
+
+# ------------------------------------------------------------------------------ losses
+
+
+@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
 def test_losses_equal_the_papers_equations(loss):
     real, fake = np.random.RandomState(0).randn(2, 9) * 2
 
-    def sigmoid(l):
-        return 1 / (1 + np.exp(-l))
+    def sigmoid(logits):
+        return 1 / (1 + np.exp(-logits))
 
-    expected = {
-        "gan": (-np.log(sigmoid(real)).mean(), -np.log(1 - sigmoid(fake)).mean(), -np.log(sigmoid(fake)).mean()),
-        "lsgan": (((real - 1)**2).mean() / 2, (fake**2).mean() / 2, ((fake - 1)**2).mean() / 2),
-        "wgan-gp": (-real.mean(), fake.mean(), -fake.mean()),
-        "hinge": (np.maximum(0, 1 - real).mean(), np.maximum(0, 1 + fake).mean(), -fake.mean()),
+    d_loss, g_loss = {
+        "gan": (
+            -np.log(sigmoid(real)).mean() - np.log(1 - sigmoid(fake)).mean(),
+            -np.log(sigmoid(fake)).mean(),
+        ),
+        "lsgan": (
+            ((real - 1) ** 2).mean() / 2 + (fake**2).mean() / 2,
+            ((fake - 1) ** 2).mean() / 2,
+        ),
+        "wgan-gp": (fake.mean() - real.mean(), -fake.mean()),
+        "hinge": (
+            np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean(),
+            -fake.mean(),
+        ),
     }[loss]
-    measured = [term(torch.from_numpy(logits)).mean().item() for term, logits in
-                zip(gan_cub.LOSSES[loss], (real, fake, fake))]
-    assert np.allclose(measured, expected)
+    discriminator_loss, generator_loss = gan_cub.LOSSES[loss]
+    real, fake = torch.from_numpy(real), torch.from_numpy(fake)
+    assert discriminator_loss(real, fake).item() == pytest.approx(d_loss)
+    assert generator_loss(fake).item() == pytest.approx(g_loss)
 
 
-@pytest.mark.parametrize("scale", [0.01, 1.0])  # a slope below 1 costs as one above does: the penalty has two sides
+@pytest.mark.parametrize("scale", [0.01, 1.0])  # a slope below 1 costs, as one above does
 def test_penalty_of_a_linear_critic_is_known(scale):
     weight = scale * torch.randn(3, 8, 8, dtype=torch.float64)
     real, fake = torch.randn(2, 5, 3, 8, 8, dtype=torch.float64)
-    penalty = gan_cub.gradient_penalty(lambda x: (x * weight).sum((1, 2, 3)), real, fake, torch.rand(5, 1, 1, 1))
-    assert penalty.item() == pytest.approx((math.sqrt((weight.numpy()**2).sum()) - 1)**2, rel=1e-12)
+
+    def critic(x):
+        return (x * weight).sum((1, 2, 3))
+
+    penalty = gan_cub.gradient_penalty(critic, real, fake, torch.rand(5, 1, 1, 1))
+    slope = math.sqrt((weight.numpy() ** 2).sum())
+    assert penalty.item() == pytest.approx((slope - 1) ** 2, rel=1e-12)
 
 
 def test_penalty_looks_between_one_real_and_one_generated_image():
-    seen, epsilon = [], torch.tensor([0.25, 1.0, 0.0]).view(3, 1, 1, 1)
-    fake_of = torch.ones(3, 1, 1, 1, requires_grad=True)  # stands for the generator
-    real, fake = torch.randn(3, 2, 4, 4), fake_of * torch.randn(3, 2, 4, 4)
+    shares = [0.25, 1.0, 0.0]
+    of_generator = torch.ones(3, 1, 1, 1, requires_grad=True)
+    real, fake = torch.randn(3, 2, 4, 4), of_generator * torch.randn(3, 2, 4, 4)
     scale = torch.ones((), requires_grad=True)
+    seen = []
 
     def critic(x):
         seen.append(x)
         return scale * x.square().sum((1, 2, 3)) / 2  # its gradient at x is scale x
 
-    penalty = gan_cub.gradient_penalty(critic, real, fake, epsilon)
-    for i, share in enumerate([0.25, 1.0, 0.0]):
+    penalty = gan_cub.gradient_penalty(critic, real, fake, torch.tensor(shares).view(3, 1, 1, 1))
+    for i, share in enumerate(shares):
         assert torch.allclose(seen[0][i], share * real[i] + (1 - share) * fake[i])
-    norms = np.sqrt((seen[0].detach().numpy()**2).sum((1, 2, 3)))  # over channels, rows and columns
-    assert penalty.item() == pytest.approx(((norms - 1)**2).mean(), rel=1e-5)
+    norms = np.sqrt((seen[0].detach().numpy() ** 2).sum((1, 2, 3)))
+    assert penalty.item() == pytest.approx(((norms - 1) ** 2).mean(), rel=1e-5)
     penalty.backward()
-    assert scale.grad.item() == pytest.approx((2 * (norms - 1) * norms).mean(), rel=1e-4), "it teaches the critic"
-    assert fake_of.grad is None, "its graph does not reach the generator"
+    by_hand = (2 * (norms - 1) * norms).mean()
+    assert scale.grad.item() == pytest.approx(by_hand, rel=1e-4), "it teaches the critic"
+    assert of_generator.grad is None, "its graph does not reach the generator"
 
 
-def test_there_is_one_epsilon_an_image(tiny_cub, monkeypatch):
-    trainer = gan_cub.main(*tiny_cub(num_iterations=0))
-    seen, real_penalty = [], gan_cub.gradient_penalty
-    monkeypatch.setattr(gan_cub, "gradient_penalty", lambda *a: seen.append(a) or real_penalty(*a))
-    trainer.step(torch.rand(16, 3, 16, 16))
+def test_there_is_one_epsilon_an_image(make, monkeypatch):
+    trainer = make()
+    seen = []
+
+    def penalty(critic, real, fake, epsilon):
+        seen.append((fake.requires_grad, real.shape, fake.shape, epsilon))
+        return critic(real).sum()
+
+    monkeypatch.setattr(gan_cub, "gradient_penalty", penalty)
+    trainer.step(random_images(16))
     assert len(seen) == 2
-    for _, real, fake, epsilon in seen:
-        assert epsilon.shape == (8, 1, 1, 1) and len(epsilon.unique()) == 8 and 0 <= epsilon.min() <= epsilon.max() < 1
-        assert not fake.requires_grad and real.shape == fake.shape == (8, 3, 16, 16)
+    for requires_grad, real_shape, fake_shape, epsilon in seen:
+        assert not requires_grad
+        assert real_shape == fake_shape == (8, 3, 16, 16)
+        assert epsilon.shape == (8, 1, 1, 1)
+        assert len(epsilon.unique()) == 8
+        assert 0 <= epsilon.min() <= epsilon.max() < 1
 
 
-@pytest.mark.parametrize("loss", gan_cub.LOSSES)
-def test_each_step_moves_its_own_network_alone(loss, tiny_cub):
-    trainer = gan_cub.main(*tiny_cub(num_iterations=0, loss=loss))
-    trainer.lr_now.fill_(1e-3)
+# --------------------------------------------------------------------------- the steps
+
+
+@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
+def test_each_optimiser_moves_only_its_own_network(loss, make):
+    trainer = make(loss=loss)
     g, d = flat(trainer.generator), flat(trainer.discriminator)
-    trainer.discriminator_step(torch.rand(8, 3, 16, 16))
-    assert flat(trainer.generator).equal(g) and not flat(trainer.discriminator).equal(d)
+    trainer.discriminator_step(random_images(8))
+    assert flat(trainer.generator).equal(g)
+    assert not flat(trainer.discriminator).equal(d)
     assert all(p.grad is None for p in trainer.generator.parameters())
     trainer.discriminator_optimizer.zero_grad()
     before = {name: value.clone() for name, value in trainer.discriminator.state_dict().items()}
     trainer.generator_step(8)
     assert not flat(trainer.generator).equal(g)
-    assert all(value.equal(before[name]) for name, value in trainer.discriminator.state_dict().items()), \
-        "nor do the spectral norms move"
-    assert all(p.grad is None for p in trainer.discriminator.parameters()), "no gradient for D in G's step"
+    for name, value in trainer.discriminator.state_dict().items():
+        assert value.equal(before[name]), f"{name}: nor do the spectral norms move"
+    assert all(p.grad is None for p in trainer.discriminator.parameters()), "no gradient for D"
 
 
-@pytest.mark.parametrize("loss", gan_cub.LOSSES)
-def test_gradients_of_a_step_equal_those_written_out(loss, tiny_cub):
-    """D's step in one pass over both kinds equals two passes and the loss by hand; in float32."""
-    trainer = gan_cub.main(*tiny_cub(num_iterations=0, loss=loss))
-    real = torch.rand(8, 3, 16, 16) * 2 - 1
-    d, g = trainer.discriminator.eval(), trainer.generator  # eval: a spectral norm that stays, for the comparison
-    trainer.discriminator_optimizer.step = lambda: None
+def test_processes_share_the_gradients_of_every_step(make, monkeypatch):
+    trainer = make()
+    shared = []
+    monkeypatch.setattr(gan_cub.training, "all_reduce_gradients", shared.append)
+    trainer.step(random_images(16))
+    d, g = trainer.discriminator_optimizer, trainer.generator_optimizer
+    assert [optimizer is d for optimizer in shared] == [True, True, False]
+    assert shared[2] is g
+
+
+def loss_by_hand(loss, real_logits, fake_logits):
+    ones, zeros = torch.ones(8), torch.zeros(8)
+    if loss == "gan":
+        real_loss = F.binary_cross_entropy(real_logits.sigmoid(), ones)
+        return real_loss + F.binary_cross_entropy(fake_logits.sigmoid(), zeros)
+    if loss == "lsgan":
+        return F.mse_loss(real_logits, ones) / 2 + F.mse_loss(fake_logits, zeros) / 2
+    if loss == "hinge":
+        return (1 - real_logits).clamp(min=0).mean() + (1 + fake_logits).clamp(min=0).mean()
+    return fake_logits.mean() - real_logits.mean()
+
+
+@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
+def test_gradients_of_a_step_equal_those_written_out(loss, make):
+    """D's step in one pass over both kinds equals two passes and the loss by hand."""
+    trainer = make(loss=loss, gp_weight=3.0)
+    real = random_images(8)
+    d = trainer.discriminator.eval()  # a spectral norm that stays, for the comparison
+    trainer.lr.fill_(0)
     torch.manual_seed(5)
     trainer.discriminator_step(real)
     measured = [p.grad.clone() for p in d.parameters()]
     torch.manual_seed(5)
-    fake = g(torch.randn(8, 4)).detach()
+    fake = trainer.generator(torch.randn(8, 4)).detach()
     epsilon = torch.rand(8, 1, 1, 1)
-    r, f = d(real), d(fake)
-    value = {"gan": F.binary_cross_entropy_with_logits(r, torch.ones(8))
-             + F.binary_cross_entropy_with_logits(f, torch.zeros(8)),
-             "lsgan": F.mse_loss(r, torch.ones(8)) / 2 + F.mse_loss(f, torch.zeros(8)) / 2,
-             "wgan-gp": f.mean() - r.mean(), "hinge": F.relu(1 - r).mean() + F.relu(1 + f).mean()}[loss]
+    value = loss_by_hand(loss, d(real), d(fake))
     if loss == "wgan-gp":
         x = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
-        grads = [torch.autograd.grad(d(x[i:i + 1]).sum(), x, create_graph=True)[0][i] for i in range(8)]
-        value = value + 10 * torch.stack([(grad.square().sum().sqrt() - 1)**2 for grad in grads]).mean()
-    for one, other in zip(measured, torch.autograd.grad(value, list(d.parameters()))):
+        penalties = []
+        for i in range(8):
+            (gradient,) = torch.autograd.grad(d(x[i : i + 1]).sum(), x, create_graph=True)
+            penalties.append((gradient[i].square().sum().sqrt() - 1) ** 2)
+        value = value + 3 * torch.stack(penalties).mean()
+    expected = torch.autograd.grad(value, list(d.parameters()))
+    for one, other in zip(measured, expected):
         assert torch.allclose(one, other, atol=1e-4, rtol=1e-3)
 
 
-def test_hinge_has_spectral_norms_of_one_and_no_other_loss_has(tiny_cub):
-    trainer = gan_cub.main(*tiny_cub(num_iterations=0, loss="hinge"))
-    for _ in range(30):
-        trainer.discriminator(torch.randn(2, 3, 16, 16))
-    layers = [m for m in trainer.discriminator.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear))]
-    largest = [np.linalg.svd(m.weight.detach().flatten(1).numpy(), compute_uv=False)[0] for m in layers]
-    assert len(layers) == 8 and np.allclose(largest, 1, atol=0.02)
-    other = gan_cub.main(*tiny_cub(num_iterations=0, loss="wgan-gp"))
-    assert not [name for name in other.discriminator.state_dict() if "parametrizations" in name]
+def test_adam_has_no_momentum_and_second_moments_of_0_9(make):
+    """Two steps of each network equal Adam written out with betas 0 and 0.9."""
+    trainer = make()
+    steps = {
+        "discriminator": lambda: trainer.discriminator_step(random_images(8)),
+        "generator": lambda: trainer.generator_step(8),
+    }
+    for name, step in steps.items():
+        network = getattr(trainer, name)
+        expected = flat(network)
+        second_moment = torch.zeros_like(expected)
+        for t in (1, 2):
+            step()
+            gradient = torch.cat([p.grad.flatten() for p in network.parameters()])
+            second_moment = 0.9 * second_moment + 0.1 * gradient**2
+            expected -= 1e-3 * gradient / ((second_moment / (1 - 0.9**t)).sqrt() + 1e-8)
+        assert torch.allclose(flat(network), expected, atol=1e-6), name
 
 
-def test_the_average_follows_its_formula(tiny_cub):
-    trainer = gan_cub.main(*tiny_cub(num_iterations=0, ema_decay=0.3))
-    trainer.lr_now.fill_(1e-3)
-    expected = {name: value.clone() for name, value in trainer.ema_generator.state_dict().items()}
+def test_the_average_follows_its_formula(make):
+    trainer = make(ema_decay=0.3, num_iterations=0)
+    averaged = trainer.ema_generator.state_dict()
+    expected = {name: value.clone() for name, value in averaged.items()}
     for t in range(1, 5):
-        trainer.step(torch.rand(16, 3, 16, 16))
+        trainer.lr.fill_(1e-3)
+        trainer.step(random_images(16))
         decay = min(0.3, (1 + t) / (10 + t))
         for name, value in trainer.generator.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value
-    for name, value in trainer.ema_generator.state_dict().items():
+    for name, value in averaged.items():
         assert "num_batches" in name or torch.allclose(value, expected[name], atol=1e-6), name
 
 
-def test_generator_every_d_steps_and_learning_rate_falls_to_zero(tiny_cub, monkeypatch):
-    rates, order = [], []
-    d_step, g_step = gan_cub.Trainer.discriminator_step, gan_cub.Trainer.generator_step
-    monkeypatch.setattr(gan_cub.Trainer, "discriminator_step", lambda self, real: order.append(len(real)) or
-                        rates.append(self.discriminator_optimizer.param_groups[0]["lr"].item()) or d_step(self, real))
-    monkeypatch.setattr(gan_cub.Trainer, "generator_step", lambda self, n: order.append("G") or g_step(self, n))
-    gan_cub.main(*tiny_cub(num_iterations=12, eval_every=6, d_steps=3, lr=0.1))
-    assert order == [8, 8, 8, "G"] * 4
-    assert np.allclose(rates, np.repeat([0.1, 0.075, 0.05, 0.025], 3))
-
-
-def test_stream_is_pass_after_pass_over_the_data():
-    images, _ = datasets.load_data("digits", "", True, 50, True, 28, 1, "cpu")
-    images.pixels, images.labels = images.pixels[:70], images.labels[:70]
-    stream = datasets.Stream(images, batch_size=24, steps=4)
-    assert len(stream) == 96
-    steps = [step for period in (1, 2, 3) for step in stream.order(7, period)]
-    assert [len(step) for step in steps] == [24] * 12
-    index = torch.cat(steps)
-    for number in range(4):
-        assert sorted(index[70 * number:70 * (number + 1)].tolist()) == list(range(70)), "each image once a pass"
-    assert not index[:70].equal(index[70:140])
-    assert torch.cat(stream.order(7, 2)).equal(index[96:192]), "a function of seed and period alone"
-
-
-def test_short_run_writes_the_promised_files(tiny_cub, tmp_path):
-    trainer = gan_cub.main(*tiny_cub())
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "history.csv", "checkpoint.pt", "train_loss_curve.png",  # no scores: no weights are called the best
-        *(name.format(i) for i in (4, 8) for name in ("samples_{}.png", "interpolations_{}.png",
-                                                      "weights_iteration_{}.pt"))}
-    rows = list(csv.DictReader(open(tmp_path / "out" / "history.csv")))
-    assert [row["iteration"] for row in rows] == ["4", "8"] and rows[0]["data"] == "digits"
-    assert Image.open(tmp_path / "out" / "samples_8.png").size[0] == Image.open(
-        tmp_path / "out" / "interpolations_8.png").size[0]
-    generator, z = gan_cub.load_generator(tmp_path / "out" / "weights_iteration_8.pt"), torch.randn(3, 4)
-    assert torch.allclose(generator(z), trainer.sample(z), atol=1e-5)
-    assert not torch.allclose(trainer.generator.eval()(z), trainer.sample(z), atol=1e-4), "the average, not G itself"
-
-
-def test_two_latents_are_swept_and_the_others_fixed(tiny_cub):
-    plane = gan_cub.main(*tiny_cub(num_iterations=0)).plane.view(10, 10, 4)
-    assert (plane[:, :, 2:] == plane[0, 0, 2:]).all()
-    assert np.allclose(plane[:, 3, 0], np.linspace(-1, 1, 10)) and np.allclose(plane[3, :, 1], np.linspace(-1, 1, 10))
-
-
-@pytest.mark.parametrize("loss", gan_cub.LOSSES)
-def test_each_network_learns_against_the_other_as_it_stands(loss, tiny_cub):
-    trainer = gan_cub.main(*tiny_cub(num_iterations=0, loss=loss))
-    trainer.lr_now.fill_(2e-3)
-    real = trainer.train.batch(torch.arange(32))[0]
+@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
+def test_each_network_learns_against_the_other_as_it_stands(loss, make):
+    trainer = make(loss=loss)
+    trainer.lr.fill_(2e-3)
+    real, _ = trainer.train.batch(torch.arange(32))
     rows = [trainer.discriminator_step(real) for _ in range(30)]
     assert rows[-1]["discriminator loss"] < rows[0]["discriminator loss"] - 0.1
     assert rows[-1]["real logit"] > rows[-1]["fake logit"] + 0.5
@@ -302,262 +364,421 @@ def test_each_network_learns_against_the_other_as_it_stands(loss, tiny_cub):
     assert losses[-1] < losses[0] - 0.1
 
 
-@pytest.mark.parametrize("loss", ["wgan-gp", "hinge"])
-def test_continued_run_equals_an_uninterrupted_one(loss, tiny_cub, tmp_path, monkeypatch):
-    gan_cub.main(*tiny_cub(output_dir=str(tmp_path / "whole"), loss=loss))
-    step, calls = gan_cub.Trainer.step, []
+def dtypes_of_a_step(trainer):
+    """The types that the convolutions of both networks give out during a step."""
+    seen = set()
 
-    def stopping(self, real):
-        calls.append(1)
-        if len(calls) == 3:  # in the middle of the second period
-            self.run.stopped_by = 2
-        return step(self, real)
+    def look(module, inputs, output):
+        seen.add(output.dtype)
 
-    parts = tiny_cub(output_dir=str(tmp_path / "parts"), loss=loss)
-    monkeypatch.setattr(gan_cub.Trainer, "step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        gan_cub.main(*parts)
-    assert not (tmp_path / "parts" / "weights_iteration_8.pt").exists() and len(calls) == 3
-    gan_cub.main(*parts)
-    for path in (tmp_path / "whole").iterdir():
-        if path.name != "checkpoint.pt":  # it names its folder
-            assert path.read_bytes() == (tmp_path / "parts" / path.name).read_bytes(), path.name
+    for network in (trainer.generator, trainer.discriminator):
+        for module in network.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(look)
+    values = trainer.step(random_images(16))
+    assert {value.dtype for value in values.values()} == {torch.float32}
+    return seen
 
 
-def test_more_iterations_are_another_schedule(tiny_cub):
-    gan_cub.main(*tiny_cub())
-    with pytest.raises(common.BadInput, match="num_iterations was 8, is 12"):
-        gan_cub.main(*tiny_cub(num_iterations=12))
-
-
-@pytest.mark.parametrize("wrong, message", [(dict(num_iterations=10), "eval_every 4 must divide num_iterations 10"),
-                                            (dict(d_steps=3), "and d_steps 3 it"),
-                                            (dict(loss="wgan"), "gan . lsgan . wgan-gp . hinge"),
-                                            (dict(image_size=28), "16 . 32 . 64"), (dict(latent_dim=1), ">= 2")])
-def test_bad_settings_end_before_any_work(wrong, message, tiny_cub, tmp_path):
-    with pytest.raises(common.BadInput, match=message):
-        gan_cub.main(*tiny_cub(**wrong))
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.fixture
-def quick_classifier(monkeypatch):
-    monkeypatch.setattr(fid, "CLASSIFIER_STEPS", 5)
-
-
-def test_best_and_last_weights_are_kept(tiny_cub, tmp_path, monkeypatch, quick_classifier):
-    scores = iter([5.0, 3.0, 4.0])
-    monkeypatch.setattr(fid.Scorer, "__call__", lambda self, draw: len(draw(range(2))) == 2 and next(scores))
-    gan_cub.main(*tiny_cub(num_iterations=12, score_images=20))
-    weights = {path.stem: path.read_bytes() for path in (tmp_path / "out").glob("weights_*.pt")}
-    assert weights["weights_best"] == weights["weights_iteration_8"] != weights["weights_iteration_12"]
-    assert common.load(tmp_path / "out" / "weights_best.pt", "gan_cub", "generator")["data"] == "digits"
-    assert (tmp_path / "out" / "fid_vs_iterations.png").exists()
-
-
-def test_scoring_changes_nothing_else(tiny_cub, tmp_path, quick_classifier):
-    plain = gan_cub.main(*tiny_cub(output_dir=str(tmp_path / "plain")))
-    scored = gan_cub.main(*tiny_cub(score_images=20))
-    first, second = scored.run.history["classifier distance"]
-    assert first > 0 < second != first and "classifier distance" not in plain.run.history
-    assert flat(plain.generator).equal(flat(scored.generator))
-
-
-def test_without_inception_the_classifier_scores_and_says_so(tiny_cub, tmp_path, monkeypatch, capsys, quick_classifier):
-    def offline(*_):
-        raise OSError("offline")
-
-    drawn = []
-    monkeypatch.setattr(datasets, "_download", offline)
-    monkeypatch.setattr(common, "save_curves", lambda history, panels, title, path: drawn.append((panels, path.name)))
-    settings = dict(score_features="inception", score_images=20)
-    gan_cub.main(*tiny_cub(**settings))
-    error = capsys.readouterr().err
-    assert error.count("NO FID") == 1 and "offline" in error and "classifier's distance" in error
-    assert "classifier distance" in (tmp_path / "out" / "history.csv").read_text().splitlines()[0]
-    for panels, name in drawn:
-        assert panels["classifier distance (N 20)"] == ["classifier distance"] and name == "fid_vs_iterations.png"
-        assert "FID" not in str(panels)
-    with pytest.raises(common.BadInput, match="could not be downloaded"):
-        gan_cub.main(*tiny_cub(allow_fallback=False, output_dir=str(tmp_path / "strict"), **settings))
-    flat = tmp_path / "flat"  # no classes either: it is trained without scores
-    for number in range(30):
-        common.save_grid(torch.rand(1, 3, 16, 16), flat / f"{number}.png", 1, 0)
-    mine = dict(dataset_type="folder", data_dir=str(flat), output_dir=str(tmp_path / "mine"), batch_size=9, **settings)
-    trainer = gan_cub.main(*tiny_cub(**mine))
-    assert "NO SCORES" in capsys.readouterr().err and not {"FID", "classifier distance"} & set(trainer.run.history)
-    with pytest.raises(common.BadInput, match="could not be downloaded.*or leave the scores out with --score_images 0"):
-        gan_cub.main(*tiny_cub(**mine, allow_fallback=False, resume=False))
-    monkeypatch.setattr(fid.Scorer, "__init__", lambda self, *a, **k: self.__dict__.update(name="FID", n=20))
-    with pytest.raises(common.BadInput, match="scored otherwise"):
-        gan_cub.main(*tiny_cub(**settings))
-
-
-def test_experiment_compares_the_losses(tiny_cub, tmp_path, quick_classifier, capsys):
-    small = dict(experiment="losses", score_images=20, num_iterations=4, eval_every=2)
-    trainers = gan_cub.main(*tiny_cub(**small))
-    assert list(trainers) == ["gan", "lsgan", "wgan-gp", "hinge"] == [trainer.loss for trainer in trainers.values()]
-    rows = list(csv.DictReader(open(tmp_path / "out" / "losses.csv")))
-    assert [row["loss"] for row in rows] == list(trainers)
-    for row, trainer in zip(rows, trainers.values()):
-        assert float(row["best classifier distance"]) == pytest.approx(
-            min(trainer.run.history["classifier distance"]), rel=1e-4)
-    assert Image.open(tmp_path / "out" / "losses.png").size[0] > 1000
-    before = (tmp_path / "out" / "losses.csv").read_bytes()
-    capsys.readouterr()
-    gan_cub.main(*tiny_cub(**small))
-    assert capsys.readouterr().out.count("4 iterations are trained already") == 4
-    assert (tmp_path / "out" / "losses.csv").read_bytes() == before
-
-
-def test_fid_opens_its_weights(tiny_cub, tmp_path):
-    gan_cub.main(*tiny_cub())
-    source = fid.of_weights(str(tmp_path / "out" / "weights_iteration_8.pt"), 5, 0, torch.device("cpu"))
-    images, _ = source.read(torch.arange(5))
-    assert images[0].shape == (5, 3, 16, 16) and source.data == "digits"
-
-
-def test_bfloat16_teaches_both_networks(tiny_cub):
-    trainer = gan_cub.main(*tiny_cub(num_iterations=0, precision="bfloat16"))
-    trainer.lr_now.fill_(1e-3)
+def test_bfloat16_is_used_when_asked_for_and_teaches_both_networks(make):
+    assert dtypes_of_a_step(make()) == {torch.float32}
+    trainer = make(precision="bfloat16", resume=False)
     g, d = flat(trainer.generator), flat(trainer.discriminator)
-    seen = []
-    trainer.discriminator.blocks[0].residual[2].register_forward_hook(lambda *a: seen.append(a[2].dtype))
-    values = trainer.step(torch.rand(16, 3, 16, 16))
-    assert {value.dtype for value in values.values()} == {torch.float32} and set(seen) == {torch.bfloat16}
-    assert not flat(trainer.generator).equal(g) and not flat(trainer.discriminator).equal(d)
-    assert all(p.grad is not None and p.grad.abs().sum() > 0 for name, p in trainer.generator.named_parameters()
-               if "bias" not in name)
-    with torch.autocast(**trainer.precision):
+    assert dtypes_of_a_step(trainer) == {torch.bfloat16}
+    assert not flat(trainer.generator).equal(g)
+    assert not flat(trainer.discriminator).equal(d)
+    with trainer.autocast():
         assert trainer.discriminator(torch.ones(2, 3, 16, 16)).abs().min() > 0
         for p in trainer.discriminator.parameters():
             p.data.zero_()
-        assert trainer.discriminator(torch.ones(2, 3, 16, 16)).abs().max() == 0, "a step sees the weights as they are"
+        after = trainer.discriminator(torch.ones(2, 3, 16, 16))
+        assert after.abs().max() == 0, "a step sees the weights as they are"
 
 
-# ------------------------------------------------------------------------------------------- the birds' archive
+# --------------------------------------------------------------------------- whole runs
+
+
+def read_history(folder):
+    with open(folder / "history.csv", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def record_steps(monkeypatch, interrupt_at=None):
+    """A list of (images, rate) for each step of D and ("G", images) for G's; perhaps a Ctrl-C."""
+    events = []
+    d_step, g_step = gan_cub.Trainer.discriminator_step, gan_cub.Trainer.generator_step
+
+    def discriminator_step(self, real):
+        rate = self.discriminator_optimizer.param_groups[0]["lr"].item()
+        assert rate == self.generator_optimizer.param_groups[0]["lr"].item()
+        events.append((len(real), round(rate, 6)))
+        return d_step(self, real)
+
+    def generator_step(self, number):
+        events.append(("G", number))
+        if len(events) == interrupt_at:
+            signal.raise_signal(signal.SIGINT)
+        return g_step(self, number)
+
+    monkeypatch.setattr(gan_cub.Trainer, "discriminator_step", discriminator_step)
+    monkeypatch.setattr(gan_cub.Trainer, "generator_step", generator_step)
+    return events
+
+
+SCHEDULE = []  # of the run below: three steps of D for one of G, at rates that fall to 0
+for rate in (0.1, 0.075, 0.05, 0.025):
+    SCHEDULE += [(8, rate)] * 3 + [("G", 8)]
+
+
+def test_generator_every_d_steps_and_learning_rate_falls_to_zero(tmp_path, monkeypatch):
+    events = record_steps(monkeypatch)
+    settings = dict(num_iterations=12, sample_every=6, d_steps=3, lr=0.1)
+    trainer = gan_cub.main(*small_dicts(tmp_path, **settings))
+    assert events == SCHEDULE
+    assert trainer.lr.item() == 0
+
+
+@pytest.mark.parametrize("loss", ["wgan-gp", "hinge"])
+def test_continued_run_equals_an_uninterrupted_one(loss, tmp_path, monkeypatch):
+    settings = dict(num_iterations=12, sample_every=6, d_steps=3, lr=0.1, loss=loss)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    gan_cub.main(*small_dicts(whole, **settings))
+    with monkeypatch.context() as patch:
+        events = record_steps(patch, interrupt_at=12)  # in the middle of the second period
+        with pytest.raises(KeyboardInterrupt):
+            gan_cub.main(*small_dicts(parts, **settings))
+        assert not (parts / "out" / "weights_iteration_12.pt").exists()
+        gan_cub.main(*small_dicts(parts, **settings))
+    assert events == SCHEDULE, "no step is lost, and none is taken twice"
+    for path in (whole / "out").iterdir():
+        other = parts / "out" / path.name
+        if path.suffix in (".csv", ".png"):
+            assert path.read_bytes() == other.read_bytes(), path.name
+        elif path.name != "checkpoint.pt":
+            one = common.load_weights(path, "gan_cub", "generator")["generator"]
+            two = common.load_weights(other, "gan_cub", "generator")["generator"]
+            assert all(value.equal(two[name]) for name, value in one.items()), path.name
+
+
+def test_the_schedule_may_not_change_when_a_run_is_continued(tmp_path):
+    gan_cub.main(*small_dicts(tmp_path))
+    with pytest.raises(common.BadInput, match="num_iterations was 8, is 12"):
+        gan_cub.main(*small_dicts(tmp_path, num_iterations=12))
+    with pytest.raises(common.BadInput, match="steps an epoch was 2, is 4"):
+        gan_cub.main(*small_dicts(tmp_path, sample_every=8))
+
+
+def test_short_run_writes_the_promised_files(tmp_path):
+    trainer = gan_cub.main(*small_dicts(tmp_path))
+    assert trainer.train.shuffle
+    out = tmp_path / "out"
+    expected = {"history.csv", "checkpoint.pt", "train_loss_curve.png"}
+    for i in (4, 8):
+        expected |= {f"samples_{i}.png", f"interpolations_{i}.png", f"weights_iteration_{i}.pt"}
+    assert {path.name for path in out.iterdir()} == expected, "without scores none is the best"
+    rows = read_history(out)
+    assert list(rows[0])[0] == "iteration"
+    assert [row["iteration"] for row in rows] == ["4", "8"]
+    assert "gradient penalty" in rows[0]
+    generator, z = gan_cub.load_generator(out / "weights_iteration_8.pt"), torch.randn(3, 4)
+    assert torch.allclose(generator(z), trainer.sample(z), atol=1e-5)
+    plain = trainer.generator.eval()(z)
+    assert not torch.allclose(plain, trainer.sample(z), atol=1e-4), "the average, not G itself"
+    some = trainer.train.batch(torch.arange(100))[0]
+    diversity = gan_cub.mean_distance(trainer.sample(trainer.fixed_z)) / gan_cub.mean_distance(some)
+    assert float(rows[1]["diversity"]) == pytest.approx(diversity, rel=1e-4)
+    assert_pictures_show(out, trainer)
+
+
+def assert_pictures_show(out, trainer):
+    """The first picture holds the fixed samples, the second a plane swept from -1 to 1."""
+    plane = trainer.fixed_z[:1].repeat(100, 1).view(10, 10, 4)
+    plane[:, :, 0] = torch.linspace(-1, 1, 10)[:, None]
+    plane[:, :, 1] = torch.linspace(-1, 1, 10)[None, :]
+    drawn = {"samples": trainer.fixed_z, "interpolations": plane.view(100, 4)}
+    for name, z in drawn.items():
+        common.save_grid(trainer.sample(z), out / "expected.png", columns=10)
+        expected = np.asarray(Image.open(out / "expected.png"), dtype=int)
+        picture = np.asarray(Image.open(out / f"{name}_8.png"), dtype=int)
+        assert np.abs(picture - expected).max() <= 1, name
+
+
+def test_grey_data_are_trained_on_in_grey(tmp_path, monkeypatch):
+    load_data = common.load_data
+
+    def bundled(dataset_type, data_dir, **settings):
+        return load_data("digits", data_dir, **settings)
+
+    monkeypatch.setattr(common, "load_data", bundled)
+    settings = dict(dataset_type="mnist", num_iterations=4)
+    trainer = gan_cub.main(*small_dicts(tmp_path, **settings))
+    assert trainer.train.pixels.shape[1:] == (1, 16, 16)
+    generator = gan_cub.load_generator(tmp_path / "out" / "weights_iteration_4.pt")
+    assert generator(torch.randn(2, 4)).shape == (2, 1, 16, 16)
+
+
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("num_iterations", 10, "num_iterations must be a multiple of sample_every, 4"),
+        ("num_iterations", -4, "num_iterations must be at least 0"),
+        ("d_steps", 3, "sample_every must be a multiple of d_steps, 3"),
+        ("d_steps", 0, "d_steps must be at least 1"),
+        ("sample_every", 0, "sample_every must be at least 1"),
+        ("loss", "wgan", "loss must be one of gan, lsgan, wgan-gp, hinge"),
+        ("image_size", 28, "image_size must be 16, 32 or 64"),
+        ("latent_dim", 1, "latent_dim must be at least 2"),
+        ("feature_maps", 0, "feature_maps must be at least 1"),
+        ("lr", 0.0, "lr must be above 0"),
+        ("gp_weight", -1.0, "gp_weight must be at least 0"),
+        ("ema_decay", 1.0, "ema_decay must be at least 0 and below 1"),
+        ("precision", "half", "precision must be one of"),
+        ("score_features", "vgg", "score_features must be one of"),
+        ("score_images", 1, "score_images must be at least 2, or 0"),
+        ("experiment", "all", "experiment must be one of none, losses"),
+    ],
+)
+def test_bad_settings_end_before_any_work(key, value, message, tmp_path):
+    with pytest.raises(common.BadInput, match=message):
+        gan_cub.main(*small_dicts(tmp_path, **{key: value}))
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------- scores
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory):
+    """The folder and the trainers of a small experiment, which are scored by a classifier."""
+    folder = tmp_path_factory.mktemp("losses")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fid, "CLASSIFIER_STEPS", 5)
+        patch.setattr(common, "save_curves", save_nothing)
+        dicts = small_dicts(folder, experiment="losses", score_images=20)
+        return folder, gan_cub.main(*dicts)
+
+
+def test_experiment_compares_the_losses(compared):
+    folder, trainers = compared
+    assert list(trainers) == ["gan", "lsgan", "wgan-gp", "hinge"]
+    with open(folder / "out" / "losses.csv", encoding="utf-8") as file:
+        table = list(csv.DictReader(file))
+    for row, (loss, trainer) in zip(table, trainers.items()):
+        assert row["loss"] == trainer.loss == loss
+        history = read_history(folder / "out" / loss)
+        scores = {float(line["classifier distance"]): line["iteration"] for line in history}
+        assert float(row["best classifier distance"]) == pytest.approx(min(scores))
+        assert row["at iteration"] == scores[min(scores)]
+        assert float(row["last classifier distance"]) == list(scores)[-1]
+    picture = np.asarray(Image.open(folder / "out" / "losses.png").convert("RGB"))
+    assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20_000, "it shows the samples"
+
+
+def test_an_experiment_that_is_done_is_only_drawn_again(compared, capsys, monkeypatch):
+    monkeypatch.setattr(fid, "CLASSIFIER_STEPS", 5)  # the classifier of the fixture
+    folder, _ = compared
+    before = (folder / "out" / "losses.csv").read_bytes()
+    dicts = small_dicts(folder, experiment="losses", score_images=20)
+    gan_cub.main(*dicts)
+    assert capsys.readouterr().out.count("iteration 8 is trained already") == 4
+    assert (folder / "out" / "losses.csv").read_bytes() == before
+
+
+def test_scoring_changes_nothing_else(compared, tmp_path):
+    _, trainers = compared
+    plain = gan_cub.main(*small_dicts(tmp_path))
+    assert "classifier distance" not in plain.run.history[-1]
+    assert "classifier distance" in trainers["wgan-gp"].run.history[-1]
+    assert flat(plain.generator).equal(flat(trainers["wgan-gp"].generator))
+
+
+class GivenScores:
+    """In place of fid.Scorer: a score without features, the next one of a list."""
+
+    name, num_images = "FID", 20
+    scores = []
+
+    def __init__(self, train, test, features, num_images):
+        self.scores = list(GivenScores.scores)
+
+    def __call__(self, generate):
+        images = generate(torch.arange(20))
+        assert images.shape == (20, 3, 16, 16)
+        return {"FID": self.scores.pop(0)}
+
+
+def test_best_and_last_weights_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "Scorer", GivenScores)
+    monkeypatch.setattr(GivenScores, "scores", [5.0, 3.0, 4.0])
+    gan_cub.main(*small_dicts(tmp_path, num_iterations=12, score_images=20))
+    out = tmp_path / "out"
+    epochs = {}
+    for name in ("weights_best.pt", "weights_iteration_8.pt", "weights_iteration_12.pt"):
+        epochs[name] = common.load_weights(out / name, "gan_cub", "generator")["generator"]
+    best = epochs["weights_best.pt"]
+    for name, value in epochs["weights_iteration_8.pt"].items():
+        assert value.equal(best[name])
+    assert not epochs["weights_iteration_12.pt"]["model.0.weight"].equal(best["model.0.weight"])
+    assert [row["FID"] for row in read_history(out)] == ["5.0", "3.0", "4.0"]
+    assert (out / "fid_vs_iterations.png").exists()
+
+
+def test_a_run_that_was_scored_otherwise_is_not_continued(tmp_path, monkeypatch):
+    monkeypatch.setattr(fid, "Scorer", GivenScores)
+    monkeypatch.setattr(GivenScores, "scores", [5.0, 3.0])
+    settings = dict(score_images=20, d_steps=1)
+    with monkeypatch.context() as patch:
+        record_steps(patch, interrupt_at=10)  # in the second period
+        with pytest.raises(KeyboardInterrupt):
+            gan_cub.main(*small_dicts(tmp_path, **settings))
+    before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
+    monkeypatch.setattr(GivenScores, "name", "classifier distance")
+    with pytest.raises(common.BadInput, match="not scored by the classifier distance"):
+        gan_cub.main(*small_dicts(tmp_path, **settings))
+    assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == before
+
+
+def test_only_auto_goes_on_without_scores(tmp_path, monkeypatch, capsys):
+    def impossible(train, test, features, num_images):
+        raise common.BadInput("there are no classes")
+
+    monkeypatch.setattr(fid, "Scorer", impossible)
+    settings = dict(score_images=20, num_iterations=4)
+    for features in ("inception", "classifier"):
+        with pytest.raises(common.BadInput, match="no classes"):
+            gan_cub.main(*small_dicts(tmp_path, score_features=features, **settings))
+    trainer = gan_cub.main(*small_dicts(tmp_path, score_features="auto", **settings))
+    assert "WARNING: NO SCORES. there are no classes" in capsys.readouterr().err
+    assert len(trainer.run.history) == 1
+
+
+# ------------------------------------------------------------------ the birds' archive
 
 
 def photograph(seed, mode="RGB", size=(50, 40)):
+    """The bytes of a smooth random picture as a JPEG file."""
     random = np.random.RandomState(seed)
     small = Image.fromarray(random.randint(0, 256, (5, 6, 3), dtype=np.uint8))
-    small.resize(size, Image.Resampling.BICUBIC).convert(mode).save(buffer := io.BytesIO(), "JPEG", quality=95)
+    large = small.resize(size, Image.Resampling.BICUBIC).convert(mode)
+    buffer = io.BytesIO()
+    large.save(buffer, "JPEG", quality=95)
     return buffer.getvalue()
+
+
+def put(tar, name, contents):
+    member = tarfile.TarInfo(name)
+    member.size = len(contents)
+    tar.addfile(member, io.BytesIO(contents))
 
 
 @pytest.fixture
 def archive(tmp_path):
-    """A small CUB_200_2011.tgz in the real one's layout: 3 classes of 7 photographs, one of them grey."""
+    """A small CUB_200_2011.tgz laid out like the real one: 21 photographs, one of them grey."""
     path = tmp_path / "data" / "CUB_200_2011.tgz"
     path.parent.mkdir()
     with tarfile.open(path, "w:gz") as tar:
-        def put(name, contents):
-            member = tarfile.TarInfo(name)
-            member.size = len(contents)
-            tar.addfile(member, io.BytesIO(contents))
-
-        put("attributes.txt", b"1 has_bill_shape::curved")
-        put("CUB_200_2011/README", b"birds")
-        put("CUB_200_2011/images.txt", b"1 001.Wren/Wren_0001_1.jpg")
+        put(tar, "attributes.txt", b"1 has_bill_shape::curved")
+        put(tar, "CUB_200_2011/README", b"birds")
         for label, bird in enumerate(("Wren", "Mallard", "Ivory_Gull")):
             for i in range(7):
                 mode = "L" if (label, i) == (1, 3) else "RGB"
-                put(f"CUB_200_2011/images/{label + 1:03d}.{bird}/{bird}_{i:04d}_{label}{i}.jpg",
-                    photograph(10 * label + i, mode, (50 + i, 40)))
+                name = f"{label + 1:03d}.{bird}/{bird}_{i:04d}_{label}{i}.jpg"
+                contents = photograph(10 * label + i, mode, (50 + i, 40))
+                put(tar, f"CUB_200_2011/images/{name}", contents)
     return path
 
 
 def load(folder, **overrides):
-    return datasets.load_data(**{**dict(dataset_type="cub", data_dir=str(folder), allow_fallback=False, batch_size=2,
-                                        shuffle=True, image_size=32, channels=3, device="cpu"), **overrides})
+    settings = dict(allow_fallback=False, image_size=32, image_channels=3, device="cpu")
+    return common.load_data("cub", str(folder), **{**settings, **overrides})
 
 
 def all_of(splits):
     return sorted(image.numpy().tobytes() for part in splits for image in part.pixels)
 
 
+def squeezed(image):
+    """The bytes of a picture at 32 x 32, whole, as (3, 32, 32)."""
+    image = image.resize((32, 32), Image.Resampling.BICUBIC)
+    return np.asarray(image).transpose(2, 0, 1).tobytes()
+
+
 def test_cub_from_the_archive(archive, capsys):
     train, test = load(archive.parent)
-    assert train.pixels.shape == (18, 3, 32, 32) and len(test) == 2 and train.pixels.dtype == torch.uint8
-    assert train.name == "cub" and train.class_names == ["001.Wren", "002.Mallard", "003.Ivory_Gull"]
+    assert train.pixels.shape == (18, 3, 32, 32)
+    assert len(test) == 2
+    assert train.name == "cub"
+    assert train.class_names == ["001.Wren", "002.Mallard", "003.Ivory_Gull"]
     error = capsys.readouterr().err
-    assert "skipped 1 grey" in error and "Mallard_0003_13.jpg" in error
-    files = sorted((archive.parent / "CUB_200_2011" / "images").rglob("*.jpg"))
-    assert len(files) == 21 and not list(archive.parent.glob(".unpack_*"))
-    assert {path.name for path in (archive.parent / "CUB_200_2011").iterdir()} == {"images"}, "no more than is used"
-    expected = [np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BICUBIC)).transpose(2, 0, 1).tobytes()
-                for path in files if path.name != "Mallard_0003_13.jpg"]  # whole: not cropped
-    assert all_of((train, test)) == sorted(expected)
+    assert "left out 1 grey" in error
+    assert "Mallard_0003_13.jpg" in error
+    folder = archive.parent / "CUB_200_2011"
+    assert {path.name for path in folder.iterdir()} == {"images"}, "no more than is used"
+    files = sorted(folder.rglob("*.jpg"))
+    assert len(files) == 21
+    kept = [path for path in files if path.name != "Mallard_0003_13.jpg"]
+    expected = sorted(squeezed(Image.open(path)) for path in kept)
+    assert all_of((train, test)) == expected
     archive.unlink()
-    for path in files:  # from the cache: the files are listed, not opened
+    for path in files:  # from the cache now: the files are listed, but not opened
         stat = path.stat()
         path.write_bytes(b"x" * stat.st_size)
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert all_of(load(archive.parent)) == sorted(expected)
+    assert all_of(load(archive.parent)) == expected
 
 
 def test_cub_jpeg_artefacts_are_an_option(archive):
     plain, worse = load(archive.parent), load(archive.parent, jpeg_quality=75)
-    files = sorted((archive.parent / "CUB_200_2011" / "images").rglob("Wren*.jpg"))
-    Image.open(files[0]).resize((32, 32), Image.Resampling.BICUBIC).save(buffer := io.BytesIO(), "JPEG", quality=75)
-    assert np.asarray(Image.open(buffer)).transpose(2, 0, 1).tobytes() in all_of(worse)
+    wren = sorted((archive.parent / "CUB_200_2011").rglob("Wren*.jpg"))[0]
+    small = Image.open(wren).resize((32, 32), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    small.save(buffer, "JPEG", quality=75)
+    assert squeezed(Image.open(buffer)) in all_of(worse)
     assert not set(all_of(plain)) & set(all_of(worse))
 
 
-def test_cub_resized_before(tmp_path, capsys):
-    folder = tmp_path / "CUB_200_2011_32"
-    folder.mkdir()
-    for i in range(6):
-        bird = ("Ivory_Gull", "Wren")[i % 2]
-        image = Image.open(io.BytesIO(photograph(i, "L" if i == 4 else "RGB", (32, 32))))
-        image.save(folder / f"{bird}_000{i}_{i}.png")
-    train, test = load(tmp_path, jpeg_quality=75)
-    assert len(train) + len(test) == 5 and train.class_names == ["Ivory_Gull", "Wren"]
-    assert "Ivory_Gull_0004_4.png (grey)" in capsys.readouterr().err
-    as_they_are = [np.asarray(Image.open(path)).transpose(2, 0, 1).tobytes() for path in folder.glob("*.png")
-                   if "_4." not in path.name]
-    assert all_of((train, test)) == sorted(as_they_are), "what is not resized is not compressed either"
+OUTSIDE = ["../escaped.jpg", "CUB_200_2011/images/../../../escaped.jpg", "link"]
 
 
-@pytest.mark.parametrize("name", ["../escaped.jpg", "CUB_200_2011/images/../../../escaped.jpg", "{root}/escaped.jpg"])
-def test_archives_with_paths_that_leave_the_folder_are_refused(name, archive, tmp_path):
-    name = name.format(root=tmp_path)
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_archives_that_lead_out_of_the_folder_are_refused(name, archive, tmp_path):
     with tarfile.open(archive, "w:gz") as tar:
-        tar.addfile(tarfile.TarInfo("CUB_200_2011/images/001.Wren/a.jpg"), io.BytesIO())
-        tar.addfile(tarfile.TarInfo(name), io.BytesIO())
-    with pytest.raises(common.BadInput, match="leaves the folder"):
+        put(tar, "CUB_200_2011/images/001.Wren/a.jpg", photograph(0))
+        if name == "link":
+            link = tarfile.TarInfo("CUB_200_2011/images/002.Gull")
+            link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path)
+            tar.addfile(link)
+        else:
+            put(tar, name, photograph(1))
+    with pytest.raises(common.BadInput, match="cannot be unpacked"):
         load(archive.parent, allow_fallback=True)
-    assert not list(tmp_path.rglob("escaped.jpg")) and list(archive.parent.iterdir()) == [archive]
+    assert not list(tmp_path.rglob("escaped.jpg"))
+    assert not (archive.parent / "CUB_200_2011" / "images").exists()
 
 
-def test_links_in_an_archive_are_not_followed(archive, tmp_path):
-    (tmp_path / "outside").mkdir()
-    with tarfile.open(archive, "w:gz") as tar:
-        link = tarfile.TarInfo("CUB_200_2011/images/001.Wren")
-        link.type, link.linkname = tarfile.SYMTYPE, str(tmp_path / "outside")
-        tar.addfile(link)
-        for i in range(4):
-            member = tarfile.TarInfo(f"CUB_200_2011/images/001.Wren/Wren_{i:04d}_{i}.jpg")
-            member.size = len(photograph(i))
-            tar.addfile(member, io.BytesIO(photograph(i)))
-    train, test = load(archive.parent)
-    assert len(train) + len(test) == 4 and not list((tmp_path / "outside").iterdir())
+def test_a_damaged_archive_is_refused(archive):
+    contents = archive.read_bytes()
+    for damaged in (contents[: len(contents) // 2], b"no archive", b""):
+        archive.write_bytes(damaged)
+        with pytest.raises(common.BadInput, match="CUB_200_2011.tgz cannot be unpacked"):
+            load(archive.parent)
+        assert not list(archive.parent.rglob("*.jpg"))
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:len(b) // 2], lambda b: b"no archive", lambda b: b""])
-def test_damaged_archives_leave_nothing_behind(damage, archive):
-    archive.write_bytes(damage(archive.read_bytes()))
-    with pytest.raises(common.BadInput, match="CUB_200_2011.tgz is damaged"):
-        load(archive.parent)
-    assert list(archive.parent.iterdir()) == [archive]
+def test_cub_is_downloaded(archive, tmp_path, monkeypatch):
+    there = archive.rename(tmp_path / "CUB_200_2011.tgz")
+    monkeypatch.setattr(common, "CUB", there.as_uri())
+    monkeypatch.setattr(common, "CUB_SHA256", hashlib.sha256(there.read_bytes()).hexdigest())
+    assert len(load(tmp_path / "data")[0]) == 18
 
 
-def test_cub_is_downloaded_checked_and_otherwise_replaced_with_a_warning(archive, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "CUB", archive.rename(tmp_path / "CUB_200_2011.tgz").as_uri())
-    monkeypatch.setattr(datasets, "CUB_SHA", "0" * 64)
-    with pytest.raises(common.BadInput, match="cub is not in .* could not be downloaded .*CUB_200_2011_32"):
+def test_a_download_with_another_hash_is_not_used(archive, tmp_path, monkeypatch, capsys):
+    there = archive.rename(tmp_path / "CUB_200_2011.tgz")
+    monkeypatch.setattr(common, "CUB", there.as_uri())
+    monkeypatch.setattr(common, "CUB_SHA256", "0" * 64)
+    with pytest.raises(common.BadInput, match="cub is not in"):
         load(tmp_path / "data")
-    assert load(tmp_path / "data", allow_fallback=True)[0].name == "digits (bundled, in place of cub)"
-    assert "THIS IS NOT CUB" in capsys.readouterr().err and not list((tmp_path / "data").iterdir())
-    monkeypatch.setattr(datasets, "CUB_SHA", hashlib.sha256((tmp_path / "CUB_200_2011.tgz").read_bytes()).hexdigest())
-    assert len(load(tmp_path / "data")[0]) == 18 and (tmp_path / "data" / "CUB_200_2011.tgz").exists()
+    assert not list((tmp_path / "data").rglob("*.jpg"))
+    fallback, _ = load(tmp_path / "data", allow_fallback=True)
+    assert fallback.name == "digits (bundled, in place of cub)"
+    assert "THIS IS NOT CUB" in capsys.readouterr().err

@@ -1,112 +1,200 @@
+"""Several processes, as torchrun starts them: one message a step, equal networks, one voice."""
+
 import os
-import re
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
 
+import helpers
 import pytest
 import torch
+from helpers import ROOT, SMALL, Process, small_options
 
 import common
-import datasets
 import main_gan
 
-ROOT = Path(__file__).parent.parent
-SMALL = ["--dataset_type", "digits", "--batch_size", "50", "--sample_every", "10", "--num_threads", "1",
-         "--device", "cpu"]
-TWENTY_STEPS = """
-import sys
+# Two processes run this. It trains every script for an epoch and saves each process's tensors.
+EVERY_SCRIPT = """
+import importlib, os, signal, sys, traceback
 import torch
-import common, main_gan
+import common, helpers, training
+from common import PROCESSES, RANK
 
-dicts = [dict(d) for d in (main_gan.model_kwargs, main_gan.dataset_kwargs, main_gan.trainer_kwargs)]
-dicts[1].update(dataset_type="digits", batch_size=64 // common.PROCESSES)
-dicts[2].update(num_epochs=0, output_dir=sys.argv[1], device="cpu")
-trainer = main_gan.main(*dicts)
-networks = trainer.generator.double(), trainer.discriminator.double()
-trainer.run.num_epochs = 1
-state = {"generator": networks[0], "discriminator": networks[1]}
-noise, randn = torch.Generator().manual_seed(5), torch.randn
-torch.randn = lambda n, d, device: randn(n * common.PROCESSES, d, generator=noise).double().chunk(common.PROCESSES)[
-    common.RANK]  # one process draws the noise of both
-for epoch in trainer.run.epochs(trainer.train, state):
-    for images, _ in trainer.run.batches():
-        trainer.run.log(trainer.step(images.flatten(1).double()))
-        if trainer.run.step == 20:
-            break
-    break
-if common.RANK == 0:
-    torch.save([p.detach() for network in networks for p in network.parameters()] + [trainer.run.rows[:20]],
-               sys.argv[1] + ".pt")
+training.AGREE_STEPS = 4
+common.save_curves = lambda *_: None
+folder = sys.argv[1]
+helpers.SHARED["data_dir"] = f"{folder}/pictures"
+
+def tensors(trainer):
+    parts = {k: v for k, v in vars(trainer).items() if isinstance(v, torch.nn.Module)}
+    return {name: part.state_dict() for name, part in parts.items()}
+
+def doubled_steps():
+    # five steps of main_gan on equal data: one process draws the noise of both
+    script = importlib.import_module("main_gan")
+    small = dict(num_epochs=0, output_dir="double", generator_lr=0.01, discriminator_lr=0.01)
+    trainer = script.main(*helpers.small_dicts(script, **small))
+    trainer.generator.double(), trainer.discriminator.double()
+    noise, randn = torch.Generator().manual_seed(5), torch.randn
+    def shared(n, d, device):
+        return randn(n * PROCESSES, d, generator=noise).double().chunk(PROCESSES)[RANK]
+    torch.randn = shared
+    for number in range(5):
+        index = torch.arange(16) + 16 * number
+        real = trainer.train.batch(index)[0].flatten(1).double()
+        trainer.step(real.chunk(PROCESSES)[RANK])
+    torch.randn = randn
+    return tensors(trainer)
+
+def stopped(script):
+    # only the second process is told to stop; both stop at the same step
+    number = 23 if RANK else 10**9
+    with helpers.after_optimiser_steps(number, lambda: os.kill(os.getpid(), signal.SIGTERM)):
+        try:
+            script.main(*helpers.small_dicts(script, num_epochs=3, batch_size=5))
+        except SystemExit as stop:
+            return stop.code
+
+if RANK == 0:
+    for name in ("whole", "parts"):
+        os.makedirs(os.path.join(folder, name), exist_ok=True)
+torch.save(doubled_steps(), f"{folder}/double_{PROCESSES}_{RANK}.pt")
+if PROCESSES == 1:
+    sys.exit()
+for name in helpers.SMALL:
+    os.chdir(folder)
+    try:
+        script = importlib.import_module(name)
+        short = dict(num_epochs=1, num_iterations=10, output_dir=name, loss="hinge")
+        trainer = script.main(*helpers.small_dicts(script, **short))
+        torch.save(tensors(trainer), f"{folder}/{name}_{RANK}.pt")
+    except Exception:
+        traceback.print_exc()
+script = importlib.import_module("main_gan")
+os.chdir(f"{folder}/whole")
+script.main(*helpers.small_dicts(script, num_epochs=3, batch_size=5))
+os.chdir(f"{folder}/parts")
+status = stopped(script)
+middle = torch.load("out/checkpoint.pt", weights_only=True) if RANK == 0 else {}
+script.main(*helpers.small_dicts(script, num_epochs=3, batch_size=5))
+torch.save([status, middle], f"{folder}/stopped_{RANK}.pt")
 """
 
 
-def launch(*command, processes=2):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"] if processes > 1 \
-        else [sys.executable]
-    return subprocess.Popen([*torchrun, *map(str, command)], cwd=ROOT, text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT,
-                            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)})
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder in which two processes, and one alone, have left what they trained."""
+    folder = tmp_path_factory.mktemp("processes")
+    helpers.write_pictures(folder / "pictures")
+    driver = folder / "every_script.py"
+    driver.write_text(EVERY_SCRIPT, encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
+    for launcher in (torchrun, []):
+        command = [sys.executable, *launcher, str(driver), str(folder)]
+        done = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, env=environment, timeout=200
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        if launcher:
+            (folder / "errors.txt").write_text(done.stderr, encoding="utf-8")
+    return folder
 
 
-def finish(process):
-    output = process.communicate(timeout=120)[0]
-    assert process.returncode == 0, output
-    return output
+@pytest.mark.parametrize("name", list(SMALL))
+def test_two_processes_end_with_equal_networks(name, trained):
+    """Each has images and noise of its own, so that without averaging they would differ."""
+    one, two = trained / f"{name}_0.pt", trained / f"{name}_1.pt"
+    assert one.is_file() and two.is_file(), (trained / "errors.txt").read_text(encoding="utf-8")
+    first, second = torch.load(one), torch.load(two)
+    assert len(first) >= 2
+    for network, state in first.items():
+        for key, tensor in state.items():
+            assert torch.equal(tensor, second[network][key]), f"{network}.{key}"
+    rows = helpers.read_history(trained / name)
+    assert len(rows) == 1
+
+
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(trained):
+    """In double precision: Adam's first steps turn the last bit of a gradient into a step."""
+    alone, one, two = (torch.load(trained / f"double_{end}.pt") for end in ("1_0", "2_0", "2_1"))
+    moved = 0
+    for network, state in alone.items():
+        for key, tensor in state.items():
+            assert (tensor - one[network][key]).abs().max() < 1e-9
+            assert torch.equal(one[network][key], two[network][key])
+            moved = max(moved, tensor.abs().max().item())
+    assert moved > 0.1
+
+
+def test_two_processes_that_were_stopped_go_on_as_if_they_were_not(trained):
+    (status, middle), (other_status, _) = (torch.load(trained / f"stopped_{n}.pt") for n in (0, 1))
+    assert status == other_status == 143
+    assert middle["step"] > 0  # in the middle of an epoch
+    first, second = middle["random_states"]
+    assert helpers.differences(first, second)  # noise of its own for each
+    whole, parts = trained / "whole" / "out", trained / "parts" / "out"
+    names = ["history.csv", "weights_epoch_3.pt", "generated_image_epoch_3.png"]
+    for name in names:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+    one, two = (torch.load(out / "checkpoint.pt", weights_only=True) for out in (whole, parts))
+    assert not helpers.differences(one, two)
+    assert not list(trained.rglob("*.part"))
+
+
+def test_torchrun_starts_the_script_itself_and_one_process_speaks(trained, tmp_path, monkeypatch):
+    running = Process("main_gan", small_options("main_gan"), cwd=tmp_path, processes=2)
+    status, output, errors = running.finish()
+    assert status == 0, errors
+    assert output.count("epoch 1/2") == 1 and output.count("epoch 2/2") == 1
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(common.BadInput, match="processes was 2, is 1"):
+        main_gan.main(*helpers.small_dicts(main_gan))
 
 
 def test_each_process_gets_its_own_share_of_every_batch(monkeypatch):
-    images = datasets.Images(torch.zeros(103, 1, 4, 4, dtype=torch.uint8), torch.zeros(103), "x", [], 10, True, True,
-                             False, "cpu")
-    monkeypatch.setattr(datasets, "PROCESSES", 4)
+    pixels, labels = torch.zeros(103, 1, 4, 4, dtype=torch.uint8), torch.zeros(103).long()
+    images = common.Images(pixels, labels, ["x"], "x", "digits", ".", batch_size=10, shuffle=True)
+    monkeypatch.setattr(common, "PROCESSES", 4)
     shares = []
     for rank in range(4):
-        monkeypatch.setattr(datasets, "RANK", rank)
-        shares.append(images.order(seed=3, epoch=2))
+        monkeypatch.setattr(common, "RANK", rank)
+        shares.append(images.epoch_batches(seed=3, epoch=2))
     assert [[len(part) for part in share] for share in shares] == [[10, 10, 5]] * 4
     together = torch.cat([part for share in shares for part in share])
-    assert len(together.unique()) == len(together) == 100  # 3 of 103 cannot be shared out evenly
-    monkeypatch.setattr(datasets, "PROCESSES", 1)
-    monkeypatch.setattr(datasets, "RANK", 0)
+    # 3 of 103 cannot be shared out evenly
+    assert len(together.unique()) == len(together) == 100
+    monkeypatch.setattr(common, "PROCESSES", 1)
+    monkeypatch.setattr(common, "RANK", 0)
     images.batch_size = 40
-    alone = images.order(seed=3, epoch=2)
-    assert [sorted(torch.cat(step).tolist()) for step in zip(*shares)][:2] == [sorted(p.tolist()) for p in alone[:2]]
+    alone = images.epoch_batches(seed=3, epoch=2)
+    for number in range(2):
+        step = torch.cat([share[number] for share in shares])
+        assert sorted(step.tolist()) == sorted(alone[number].tolist())
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(tmp_path):
-    (tmp_path / "twenty.py").write_text(TWENTY_STEPS)
-    running = [launch(tmp_path / "twenty.py", tmp_path / str(n), processes=n) for n in (1, 2)]
-    for process in running:
-        finish(process)
-    one, two = (torch.load(tmp_path / f"{n}.pt") for n in (1, 2))
-    # in double precision: Adam's first steps are g / |g|, which turns the last bit of a float32 gradient into a step
-    assert max((a - b).abs().max() for a, b in zip(one, two)) < 1e-5
-    assert one[0].abs().max() > 0.1
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(str(device)))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    assert common.choose_device("auto") == common.choose_device("cuda")
+    assert common.choose_device("auto") == torch.device(f"cuda:{rank}")
+    assert common.choose_device("cuda:3") == torch.device("cuda:3")
+    assert common.choose_device("cpu") == torch.device("cpu")
+    monkeypatch.setattr(common, "PROCESSES", 1)
+    assert common.choose_device("auto") == torch.device("cuda")
+    assert set(asked) == {f"cuda:{rank}", "cuda:3", "cpu", "cuda"}
 
 
-def test_a_run_of_two_processes_is_continued_as_if_never_stopped(tmp_path):
-    def command(folder):
-        return [ROOT / "main_gan.py", *SMALL, "--num_epochs", 2, "--output_dir", tmp_path / folder]
-
-    whole = finish(launch(*command("whole")))
-    assert len(re.findall("epoch 1/2", whole)) == 1  # only the first process speaks
-    stopped = launch(*command("stopped"))
-    while not (tmp_path / "stopped" / "checkpoint.pt").exists():
-        assert stopped.poll() is None, stopped.communicate()[0]
-        time.sleep(0.005)
-    stopped.send_signal(signal.SIGTERM)
-    stopped.communicate(timeout=120)
-    old = common.load(tmp_path / "stopped" / "checkpoint.pt", "main_gan", "step")
-    assert (old["epoch"], len(old["rng"])) == (1, 2)
-    assert not torch.equal(old["rng"][0]["torch"], old["rng"][1]["torch"])  # noise of its own for each
-    finish(launch(*command("stopped")))
-    for name in ("history.csv", "weights_epoch_2.pt", "generated_image_epoch_2.png"):
-        assert (tmp_path / "stopped" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert not list(tmp_path.glob("*/*.part"))
-    with pytest.raises(common.BadInput, match="processes was 2, is None"):
-        dicts = [dict(d) for d in (main_gan.model_kwargs, main_gan.dataset_kwargs, main_gan.trainer_kwargs)]
-        dicts[1].update(dataset_type="digits", batch_size=50)
-        dicts[2].update(num_epochs=2, sample_every=10, num_threads=1, output_dir=str(tmp_path / "whole"))
-        main_gan.main(*dicts)
+@pytest.mark.parametrize(
+    "cuda, mps, chosen",
+    [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
+)
+def test_auto_takes_the_fastest_device_that_there_is(cuda, mps, chosen, monkeypatch):
+    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert common.choose_device("auto") == torch.device(chosen)
