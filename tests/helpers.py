@@ -111,18 +111,54 @@ def after_optimiser_steps(number, action):
         hook.remove()
 
 
+def state_dicts(trainer):
+    """{name: tensors} of all networks that a trainer holds."""
+    parts = vars(trainer).items()
+    return {name: part.state_dict() for name, part in parts if isinstance(part, torch.nn.Module)}
+
+
+def five_steps_of_main_gan():
+    """The networks after five steps, in double precision, of which each process takes its share.
+
+    However many processes there are, together they see the same images and draw the same noise.
+    """
+    script = importlib.import_module("main_gan")
+    small = dict(num_epochs=0, output_dir="five_steps", generator_lr=0.01, discriminator_lr=0.01)
+    trainer = script.main(*small_dicts(script, **small))
+    trainer.generator.double()
+    trainer.discriminator.double()
+    noise = torch.Generator().manual_seed(5)
+    count, rank, randn = common.PROCESSES, common.RANK, torch.randn
+
+    def shared(n, size, device):
+        return randn(n * count, size, generator=noise).double().chunk(count)[rank]
+
+    with patch.object(torch, "randn", shared):
+        for index in torch.arange(80).split(16):
+            real = trainer.train.batch(index)[0].flatten(1).double()
+            trainer.step(real.chunk(count)[rank])
+    return state_dicts(trainer)
+
+
+def wait_for(process):
+    """(stdout, stderr) when it has ended; one that does not end is stopped, and what it started."""
+    try:
+        return process.communicate(timeout=150)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun then stops its own processes
+        output, errors = process.communicate(timeout=60)
+        raise AssertionError(f"{process.args} did not end: {output} {errors}")
+
+
 class Process:
     """Any script as a subprocess, with `python SCRIPT.py options` as its command line.
 
     terminal: its stderr is a pseudo-terminal, so that the progress bar runs.
-    processes: under torchrun. prelude: Python code that is run before the script.
+    prelude: Python code that is run before the script.
     """
 
-    def __init__(self, script, options, *, cwd, terminal=False, processes=1, prelude=""):
+    def __init__(self, script, options, *, cwd, terminal=False, prelude=""):
         command = [sys.executable]
-        if processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc_per_node={processes}"]
         path = str(Path(ROOT, f"{script}.py"))
         if prelude:
             start = f"import sys, runpy; {prelude}; sys.argv[0] = {path!r}"
@@ -158,7 +194,7 @@ class Process:
 
     def finish(self):
         """(exit status, stdout, stderr) when it has ended."""
-        output, errors = self.process.communicate(timeout=120)
+        output, errors = wait_for(self.process)
         if self.reader:
             self.reader.join()
             errors = b"".join(self.shown).decode()

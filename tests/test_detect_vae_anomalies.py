@@ -63,9 +63,12 @@ def vae(trained, tmp_path):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
+    """No picture is drawn; the groups that the last one would have shown, for each run."""
+    shown = []
     monkeypatch.setattr(common, "save_curves", lambda *_: None)
     monkeypatch.setattr(detect, "save_histograms", lambda *_: None)
-    monkeypatch.setattr(detect, "save_borderline", lambda *_: None)
+    monkeypatch.setattr(detect, "save_borderline", lambda groups, *_: shown.append(groups))
+    return shown
 
 
 def run(path, out="", **overrides):
@@ -329,6 +332,8 @@ def test_a_left_out_class_is_judged_and_nothing_is_judged_by_itself(vae, monkeyp
         bytes_of = {(255 * image).round().byte().numpy().tobytes() for image in images}
         sets.append(bytes_of)
     held_out, judged, left_out = sets[:3]
+    clean, shown = no_pictures[0]
+    assert clean.images.equal(seen[1]) and shown.images.equal(seen[2])
     assert len(held_out) == len(judged) == 150 and not held_out & judged
     inverted = {(255 - 255 * image).round().byte().numpy().tobytes() for image in seen[10]}
     assert len(inverted) == 40 and not inverted & (held_out | judged)
@@ -467,14 +472,7 @@ def test_histograms_show_clean_and_anomalous_in_every_panel(tmp_path, figures):
     assert blue.sum() > 2000 and red.sum() > 2000
 
 
-def test_the_class_that_was_left_out_is_what_is_shown_else_the_hardest(vae, monkeypatch):
-    shown = []
-
-    def look(groups, *_):
-        shown.append([group.name for group in groups])
-
-    monkeypatch.setattr(detect, "save_borderline", look)
-    monkeypatch.setattr(detect, "save_histograms", lambda *_: None)
+def test_the_class_that_was_left_out_is_what_is_shown_else_the_hardest(vae, no_pictures):
     weights = torch.load(vae, weights_only=True)
     for label in (0, -1):
         weights["dataset_kwargs"]["exclude_class"] = label
@@ -482,7 +480,8 @@ def test_the_class_that_was_left_out_is_what_is_shown_else_the_hardest(vae, monk
         rows = run(vae)
         kinds = {row["anomaly"] for row in rows}
         assert ("0, never trained on" in kinds) == (label == 0)
-    assert shown == [["clean", "0, never trained on"], ["clean", rows[-1]["anomaly"]]]
+    names = [[group.name for group in groups] for groups in no_pictures]
+    assert names == [["clean", "0, never trained on"], ["clean", rows[-1]["anomaly"]]]
     errors = [row["AUROC"] for row in rows if row["score"] == "reconstruction"]
     assert errors[0] > 0.99 and errors[-1] < 0.75  # the easy kinds first
 
@@ -492,6 +491,7 @@ def test_another_data_set_is_brought_into_shape_or_left_out(vae, capsys, monkeyp
     of_digits = [row for row in rows if row["anomaly"] == "digits instead"]
     row = of_digits[FIVE.index("pixel distance")]
     assert row["AUROC"] < 0.9 and row["anomalous"] == 40
+    assert no_pictures[0][1].name == "3, never trained on"
     cut_off_network(monkeypatch)
     rows = run(vae, other_data="auto")
     told = capsys.readouterr().err

@@ -7,7 +7,7 @@ import sys
 import helpers
 import pytest
 import torch
-from helpers import ROOT, SMALL, Process, small_options
+from helpers import ROOT, SMALL
 
 import common
 import main_gan
@@ -17,33 +17,12 @@ EVERY_SCRIPT = """
 import importlib, os, signal, sys, traceback
 import torch
 import common, helpers, training
-from common import PROCESSES, RANK
+from common import RANK
 
 training.AGREE_STEPS = 4
 common.save_curves = lambda *_: None
 folder = sys.argv[1]
 helpers.SHARED["data_dir"] = f"{folder}/pictures"
-
-def tensors(trainer):
-    parts = {k: v for k, v in vars(trainer).items() if isinstance(v, torch.nn.Module)}
-    return {name: part.state_dict() for name, part in parts.items()}
-
-def doubled_steps():
-    # five steps of main_gan on equal data: one process draws the noise of both
-    script = importlib.import_module("main_gan")
-    small = dict(num_epochs=0, output_dir="double", generator_lr=0.01, discriminator_lr=0.01)
-    trainer = script.main(*helpers.small_dicts(script, **small))
-    trainer.generator.double(), trainer.discriminator.double()
-    noise, randn = torch.Generator().manual_seed(5), torch.randn
-    def shared(n, d, device):
-        return randn(n * PROCESSES, d, generator=noise).double().chunk(PROCESSES)[RANK]
-    torch.randn = shared
-    for number in range(5):
-        index = torch.arange(16) + 16 * number
-        real = trainer.train.batch(index)[0].flatten(1).double()
-        trainer.step(real.chunk(PROCESSES)[RANK])
-    torch.randn = randn
-    return tensors(trainer)
 
 def stopped(script):
     # only the second process is told to stop; both stop at the same step
@@ -57,16 +36,14 @@ def stopped(script):
 if RANK == 0:
     for name in ("whole", "parts"):
         os.makedirs(os.path.join(folder, name), exist_ok=True)
-torch.save(doubled_steps(), f"{folder}/double_{PROCESSES}_{RANK}.pt")
-if PROCESSES == 1:
-    sys.exit()
+torch.save(helpers.five_steps_of_main_gan(), f"{folder}/five_steps_{RANK}.pt")
 for name in helpers.SMALL:
     os.chdir(folder)
     try:
         script = importlib.import_module(name)
         short = dict(num_epochs=1, num_iterations=10, output_dir=name, loss="hinge")
         trainer = script.main(*helpers.small_dicts(script, **short))
-        torch.save(tensors(trainer), f"{folder}/{name}_{RANK}.pt")
+        torch.save(helpers.state_dicts(trainer), f"{folder}/{name}_{RANK}.pt")
     except Exception:
         traceback.print_exc()
 script = importlib.import_module("main_gan")
@@ -74,6 +51,7 @@ os.chdir(f"{folder}/whole")
 script.main(*helpers.small_dicts(script, num_epochs=3, batch_size=5))
 os.chdir(f"{folder}/parts")
 status = stopped(script)
+torch.distributed.barrier()  # the first process has written the checkpoint that both now read
 middle = torch.load("out/checkpoint.pt", weights_only=True) if RANK == 0 else {}
 script.main(*helpers.small_dicts(script, num_epochs=3, batch_size=5))
 torch.save([status, middle], f"{folder}/stopped_{RANK}.pt")
@@ -82,7 +60,7 @@ torch.save([status, middle], f"{folder}/stopped_{RANK}.pt")
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """The folder in which two processes, and one alone, have left what they trained."""
+    """The folder in which two processes have left what they trained."""
     folder = tmp_path_factory.mktemp("processes")
     helpers.write_pictures(folder / "pictures")
     driver = folder / "every_script.py"
@@ -90,14 +68,13 @@ def trained(tmp_path_factory):
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
-    for launcher in (torchrun, []):
-        command = [sys.executable, *launcher, str(driver), str(folder)]
-        done = subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, env=environment, timeout=200
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        if launcher:
-            (folder / "errors.txt").write_text(done.stderr, encoding="utf-8")
+    command = [sys.executable, *torchrun, str(driver), str(folder)]
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(command, cwd=folder, env=environment, **pipes)
+    output, errors = helpers.wait_for(running)
+    assert running.returncode == 0, output + errors
+    (folder / "output.txt").write_text(output, encoding="utf-8")
+    (folder / "errors.txt").write_text(errors, encoding="utf-8")
     return folder
 
 
@@ -115,9 +92,11 @@ def test_two_processes_end_with_equal_networks(name, trained):
     assert len(rows) == 1
 
 
-def test_two_processes_take_the_steps_of_one_with_twice_the_batch(trained):
+def test_two_processes_take_the_steps_of_one_with_twice_the_batch(trained, monkeypatch):
     """In double precision: Adam's first steps turn the last bit of a gradient into a step."""
-    alone, one, two = (torch.load(trained / f"double_{end}.pt") for end in ("1_0", "2_0", "2_1"))
+    one, two = (torch.load(trained / f"five_steps_{rank}.pt") for rank in (0, 1))
+    monkeypatch.chdir(trained)
+    alone = helpers.five_steps_of_main_gan()
     moved = 0
     for network, state in alone.items():
         for key, tensor in state.items():
@@ -142,14 +121,16 @@ def test_two_processes_that_were_stopped_go_on_as_if_they_were_not(trained):
     assert not list(trained.rglob("*.part"))
 
 
-def test_torchrun_starts_the_script_itself_and_one_process_speaks(trained, tmp_path, monkeypatch):
-    running = Process("main_gan", small_options("main_gan"), cwd=tmp_path, processes=2)
-    status, output, errors = running.finish()
-    assert status == 0, errors
-    assert output.count("epoch 1/2") == 1 and output.count("epoch 2/2") == 1
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(common.BadInput, match="processes was 2, is 1"):
-        main_gan.main(*helpers.small_dicts(main_gan))
+def test_only_the_first_process_speaks(trained):
+    output = (trained / "output.txt").read_text(encoding="utf-8")
+    assert output.count("epoch 1/1 ") == 5 and output.count("iteration 10/10 ") == 1
+
+
+def test_one_process_does_not_go_on_with_what_two_have_trained(trained, monkeypatch):
+    monkeypatch.chdir(trained)
+    small = dict(output_dir="main_gan", data_dir=f"{trained}/pictures", num_epochs=2)
+    with pytest.raises(common.BadInput, match=r"\(processes was 2, is 1\)"):
+        main_gan.main(*helpers.small_dicts(main_gan, **small))
 
 
 def test_each_process_gets_its_own_share_of_every_batch(monkeypatch):
