@@ -511,7 +511,8 @@ def resize(pixels, size, channels):
     from torchvision.transforms import functional as TF
 
     if pixels.shape[1] > channels:
-        pixels = TF.rgb_to_grayscale(pixels)
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)  # luma, ITU-R BT.601
+        pixels = (pixels * weights).sum(1, keepdim=True).round().byte()
     pixels = pixels.expand(-1, channels, -1, -1)
     if pixels.shape[2:] == (28, 28) and size == 32:
         return TF.pad(pixels, [2], padding_mode="edge" if channels == 3 else "constant")
