@@ -21,7 +21,7 @@ LOOK_SECONDS = 1.0  # between two looks at the losses; the host waits for the de
 AGREE_STEPS = 16  # of several processes: between two looks at whether one was told to stop
 # what may change when a run is continued: how it is computed, not what
 FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "allow_fallback", "precision"}
-FREE_TO_CHANGE |= {"device", "num_threads", "cuda_graph", "resume", "sample_every", "score_every"}
+FREE_TO_CHANGE |= {"score_every"}
 
 
 def all_reduce_mean(tensors):
