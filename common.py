@@ -248,16 +248,17 @@ def load_weights(path, script, part):
     return contents
 
 
-def newest_weights(part):
-    """The newest weights_*.pt that holds `part`, in the folders of the current one."""
+def newest_weights(part=None):
+    """The newest weights_*.pt that holds `part` (None: any), in the folders of the current one."""
     files = [*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")]
     for path in sorted(files, key=os.path.getmtime, reverse=True):
         try:
-            load_weights(path, None, part)
+            load_weights(path, None, part or "model_kwargs")
             return str(path)
         except BadInput:
             continue  # of another kind, old or damaged
-    raise BadInput(f"no folder here holds a weights_*.pt with {part}; train first")
+    wanted = f" with {part}" if part else ""
+    raise BadInput(f"no folder here holds a weights_*.pt{wanted}; train first")
 
 
 def script_of(weights):

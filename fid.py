@@ -590,7 +590,7 @@ def open_source(name, data_dir, num_images, seed, weights, device):
 
 def open_sources(generated, real, data_dir, num_images, seed, *, device):
     """The sources of the generated and of the real images."""
-    generated = generated or common.newest_weights("model_kwargs")
+    generated = generated or common.newest_weights()
     fakes = open_source(generated, data_dir, num_images, seed, None, device)
     if not real:
         unknown = f"{generated} does not say what it was trained on"

@@ -278,7 +278,7 @@ def save_table(panels, path):
 def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, frames, seed, device):
     """Write picture, table and animation; returns the panels of the picture."""
     device = common.choose_device(device)
-    path = weights_path or common.newest_weights("model_kwargs")
+    path = weights_path or common.newest_weights()
     artist = Artist(path, data_dir, device)
     print(f"{path}: {artist.title}")
     folder = Path(output_dir or Path(path).parent)
