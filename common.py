@@ -44,6 +44,10 @@ class BadInput(ValueError):
     """Something that the user can put right: one line on stderr, exit status 2."""
 
 
+class BrokenOff(RuntimeError):
+    """A run that cannot go on: one line on stderr, exit status 1."""
+
+
 def require(condition, sentence):
     """Raise BadInput with this sentence, which names what is legal, unless the condition holds."""
     if not condition:
@@ -123,8 +127,11 @@ def run_script(main, *dicts):
     except BadInput as error:
         warn(f"{script.name}: {error}")
         sys.exit(2)
-    except (FloatingPointError, OSError) as error:
+    except (BrokenOff, OSError) as error:
         warn(f"{script.name}: {error}")
+        sys.exit(1)
+    except torch.OutOfMemoryError:
+        warn(f"{script.name}: out of memory; give a smaller --batch_size")
         sys.exit(1)
     except KeyboardInterrupt as error:
         warn(f"{script.name}: {str(error) or 'interrupted'}")
@@ -152,14 +159,9 @@ def choose_device(device):
 
 
 def use_bfloat16(precision, device):
-    """Whether networks are to compute in bfloat16. `auto`: where the device is fast at it.
-
-    `tf32` rounds the factors of an NVIDIA GPU's matrix products to 10 bits after the point
-    (bfloat16 has 7, float32 has 23) and changes nothing else.
-    """
-    legal = ("auto", "float32", "tf32", "bfloat16")
+    """Whether networks are to compute in bfloat16. `auto`: where the device is fast at it."""
+    legal = ("auto", "float32", "bfloat16")
     require(precision in legal, f"precision must be one of {', '.join(legal)}")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
@@ -244,7 +246,7 @@ def load_weights(path, script, part):
             "the data; train again, or use that version"
         )
     kinds = "weights_*.pt is for sampling, checkpoint.pt for continuing"
-    require(part in contents, f"{path} holds no {part}: {kinds}")
+    require(part in contents, f"{path}, of {written_by}.py, holds no {part}; {kinds}")
     return contents
 
 
@@ -576,6 +578,9 @@ def load_digits(channels):
         for seed, split in enumerate(("train", "test")):
             pixels = torch.from_numpy(packed[f"{split}_images"]).unsqueeze(1)
             labels = torch.from_numpy(packed[f"{split}_labels"])
+            # the file is sorted by class
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+            pixels, labels = pixels[order], labels[order]
             if channels == 3:
                 generator = torch.Generator().manual_seed(seed)
                 ground = torch.rand(len(pixels), 3, 1, 1, generator=generator)
@@ -601,12 +606,11 @@ def load_sprites(data_dir):
     except Exception as error:  # numpy raises half a dozen types here
         raise BadInput(f"{path} and {beside} cannot be read ({error})")
     if labels.ndim == 2:  # one-hot
-        good = ((labels == 0) | (labels == 1)).all() and (labels.sum(1) == 1).all()
-        labels = labels.argmax(1) if good else labels
+        labels = labels.argmax(1)
     good = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3
     require(good, f"{path} must hold uint8 (N, height, width, 3), not {pixels.shape}")
     good = labels.shape == (len(pixels),) and labels.dtype.kind in "iu" and labels.min() >= 0
-    require(good, f"{beside} must hold a whole number from 0, or a row with one 1, an image")
+    require(good, f"{beside} must hold a whole number from 0, or a one-hot row, an image")
     # the published file holds each picture about 50 times
     first = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_index=True)[1]
     kept = np.sort(first)
@@ -711,11 +715,12 @@ def read_folder(folder, paths, **options):
     from tqdm import tqdm
 
     listing = [(str(path), path.stat().st_mtime_ns) for path in paths]
-    digest = hashlib.sha256(repr([options, listing]).encode()).hexdigest()[:16]
-    cache = folder / f".cache_{options['size']}_{digest}.npz"
+    digest = hashlib.sha256(repr([options, listing]).encode()).hexdigest()
+    cache = folder / f".cache_{options['size']}.npz"
     if cache.is_file():
         with np.load(cache) as packed:
-            return packed["pixels"], packed["kept"]
+            if packed["digest"] == digest:
+                return packed["pixels"], packed["kept"]
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock
         pictures = pool.map(partial(read_picture, **options), paths)
         pictures = list(tqdm(pictures, f"reading {folder}", len(paths), disable=None))
@@ -723,7 +728,7 @@ def read_folder(folder, paths, **options):
     require(kept.sum() > 1, f"{folder}: {kept.sum()} images can be read; two are the least")
     pixels = np.stack([picture for picture in pictures if picture is not None])
     buffer = io.BytesIO()
-    np.savez(buffer, pixels=pixels, kept=kept)
+    np.savez(buffer, pixels=pixels, kept=kept, digest=digest)
     try:
         write(cache, buffer.getvalue())
     except OSError as error:

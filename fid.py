@@ -5,8 +5,8 @@ paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500
         precision and recall: Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991
         resize `clean`: Parmar et al. 2022, https://arxiv.org/abs/2104.11222
 run:    python fid.py --generated mnist_GAN/weights_epoch_20.pt --features classifier
-writes: scores/: {metric}_of_{generated}.json, .npz (statistics), .png (generated
-        images above the real images nearest to them);
+writes: scores/: {metric}_of_{generated}.json, and .png (generated images above the
+        real images nearest to them);
         .fid/ beside the data: features of the real images, and the classifier,
         so that they are computed once
 expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149, 70.7
@@ -14,7 +14,6 @@ expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149, 7
 """
 
 import hashlib
-import io
 import json
 import math
 import re
@@ -31,6 +30,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import common
+import training
 from common import BadInput, require
 
 source_kwargs = {
@@ -130,7 +130,8 @@ def kernel_distance(real, fake, blocks=10):
         pairs = within.sum() - within.trace()  # an image and itself are no pair
         values.append(pairs / (size * (size - 1)) - 2 * across.mean())
     values = torch.stack(values)
-    return values.mean().item(), values.std().item() / math.sqrt(blocks)
+    spread = values.std().item() if blocks > 1 else math.nan
+    return values.mean().item(), spread / math.sqrt(blocks)
 
 
 def share_covered(points, others, k=3):
@@ -224,7 +225,9 @@ def inception_features(weights_path, data_dir, resize, device):
     network = load_inception(path).to(device)
 
     def compute(images):
-        return network(resized(images.to(device), resize))
+        # on Apple's GPUs torch has no antialiased bicubic before 2.8
+        images = images.to(device) if device.type == "cuda" else images.cpu()
+        return network(resized(images, resize).to(device))
 
     return FeatureNetwork(f"inception {INCEPTION_SHA}", "FID", resize, compute)
 
@@ -296,9 +299,12 @@ def classifier_features(train):
 @contextmanager
 def seeded(device):
     """Random numbers from seed 0. After it they go on as if none had been drawn."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    before = training.random_state(device)
+    torch.manual_seed(0)
+    try:
         yield
+    finally:
+        training.set_random_state(device, before)
 
 
 # ------------------------------------------------------------------------ measuring
@@ -327,7 +333,6 @@ def cache(path, **contents):
 class Statistics:
     """The mean of some images' features and their covariance, root @ root.T."""
 
-    label: str  # how the features were made; "" where that is not known
     n: int  # images; 0 where that is not known
     mu: torch.Tensor  # (d,) float64
     root: torch.Tensor  # (d, r) float64
@@ -335,21 +340,10 @@ class Statistics:
     images: common.Images | None = None  # that they are of; not in an .npz
 
     def distance(self, other):
-        """Squared Frechet distance. Raises BadInput for features of another kind."""
-        same_label = self.label == other.label or "" in (self.label, other.label)
-        comparable = same_label and len(self.mu) == len(other.mu)
-        require(comparable, f"not comparable: {self.label} and {other.label}")
+        """Squared Frechet distance. Raises BadInput for another number of features."""
+        sizes = f"{len(self.mu)} and {len(other.mu)} features"
+        require(len(self.mu) == len(other.mu), f"{sizes} cannot be compared")
         return distance_of_roots(self.mu, self.root, other.mu, other.root)
-
-
-@contextmanager
-def full_precision():
-    """Nothing is rounded to TF32, so that features from a GPU equal a CPU's."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        yield
-    torch.set_float32_matmul_precision(before)
 
 
 def shuffled(count):
@@ -358,16 +352,15 @@ def shuffled(count):
 
 
 @torch.inference_mode()
-@full_precision()
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU's features equal a CPU's
 def measure(images, network, count, batch_size):
     """Statistics of `count` of the images, or of all, in a random order."""
     from tqdm import tqdm
 
-    label = f"features {network.name}  resize {network.resize}"
     index = shuffled(len(images))[:count]
     labels = images.labels.cpu()[index]
     images = replace(images, pixels=images.pixels[index], labels=labels)
-    path = cache_path(images, label)
+    path = cache_path(images, f"features {network.name}  resize {network.resize}")
     if path.is_file():
         features = common.load_weights(path, "fid", "features")["features"]
     else:
@@ -380,7 +373,7 @@ def measure(images, network, count, batch_size):
         if images.data_dir:  # a data set or a folder, which may be measured again
             cache(path, features=features)
     mu, root = mean_and_root(features)
-    return Statistics(label, len(images), mu, root, features, images)
+    return Statistics(len(images), mu, root, features, images)
 
 
 @torch.inference_mode()
@@ -531,15 +524,14 @@ def of_weights(path, count, seed, device):
 
 
 def of_statistics(path):
-    """Mean `mu` and covariance `sigma` in an .npz of this script or of pytorch-fid."""
+    """Mean `mu` and covariance `sigma` in an .npz of pytorch-fid or of clean-fid."""
     try:
         with np.load(path) as file:
             mu = torch.as_tensor(file["mu"], dtype=torch.float64)
             root = square_root(file["sigma"])
-            n, label = int(file.get("n", 0)), str(file.get("label", ""))
     except Exception as error:  # numpy and zipfile raise half a dozen types here
         raise BadInput(f"{path} holds no statistics, mu and sigma ({error!r})")
-    return Source(path, statistics=Statistics(label, n, mu, root))
+    return Source(path, statistics=Statistics(0, mu, root))
 
 
 def of_folder(folder):
@@ -657,15 +649,6 @@ def print_result(result, statistics):
             )
 
 
-def save_statistics(path, statistics):
-    """Write what `of_statistics` reads."""
-    file = io.BytesIO()
-    sigma = statistics.root @ statistics.root.T
-    known = {"n": statistics.n, "label": statistics.label}
-    np.savez(file, mu=statistics.mu, sigma=sigma, **known)
-    common.write(path, file.getvalue())
-
-
 def main(source_kwargs, metric_kwargs):
     """Measure, print a line, and write what was found. Returns the line's {name: value}."""
     settings = {**source_kwargs, **metric_kwargs}
@@ -700,7 +683,6 @@ def main(source_kwargs, metric_kwargs):
     print_result(result, {fakes.name: fake, reals.name: real})
     text = json.dumps({**result, "classes": classes}, indent=1)
     common.write(f"{path}.json", text.encode())
-    save_statistics(f"{path}.npz", fake)
     return result
 
 

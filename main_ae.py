@@ -50,7 +50,7 @@ trainer_kwargs = {
     "beta_schedule": "constant",  # constant | linear; linear: 0 in epoch 1, then up to beta
     "beta_epochs": 20,  # of the linear schedule: the epoch after these is the first with full beta
     "ema_decay": 0.99,  # tests, pictures and weights are of averages over 100 steps; 0: no average
-    "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto: bfloat16 where it is fast
+    "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there
 }
 run_kwargs = {
@@ -98,7 +98,7 @@ def check_settings(settings):
         "model_type": ("ae", "vae"),
         "image_channels": (1, 3),
         "beta_schedule": ("constant", "linear"),
-        "precision": ("auto", "float32", "tf32", "bfloat16"),
+        "precision": ("auto", "float32", "bfloat16"),
         "experiment": ("none", *EXPERIMENTS),
     }
     for key, legal in legal_values.items():

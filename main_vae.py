@@ -40,7 +40,7 @@ trainer_kwargs = {
     "num_epochs": 50,  # may grow later: the run continues; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate in the first epoch
     "lr_half_life": 10.0,  # epochs in which the learning rate halves; 0 keeps it constant
-    "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto: bfloat16 where it is fast
+    "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "iwae_samples": 50,  # samples per image of the bound after the last epoch; 0 leaves it out
     "output_dir": "mnist_VAE",  # everything is written there
 }
@@ -69,7 +69,7 @@ def check_settings(settings):
     common.require(settings["lr"] > 0, "lr must be above 0")
     for key in ("num_epochs", "lr_half_life", "iwae_samples"):
         common.require(settings[key] >= 0, f"{key} must be at least 0")
-    legal = ("auto", "float32", "tf32", "bfloat16")
+    legal = ("auto", "float32", "bfloat16")
     common.require(settings["precision"] in legal, f"precision must be one of {', '.join(legal)}")
 
 

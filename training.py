@@ -9,13 +9,14 @@ import sys
 import tempfile
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from torch import distributed
 
 import common
-from common import PROCESSES, RANK, BadInput, require, warn
+from common import PROCESSES, RANK, BadInput, BrokenOff, require, warn
 
 LOOK_SECONDS = 1.0  # between two looks at the losses; the host waits for the device at each
 AGREE_STEPS = 16  # of several processes: between two looks at whether one was told to stop
@@ -143,7 +144,7 @@ class Run:
             self.set_aside()
         if self.epoch >= num_epochs > 0:
             print(f"{self.folder}: {self.count(self.epoch)} is trained already", flush=True)
-        self.progress = Progress(self)
+        self.bar = self.progress_bar()
         handlers = {}
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -161,7 +162,7 @@ class Run:
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-            self.progress.bar.close()
+            self.bar.close()
         self.say_where()
 
     def set_aside(self):
@@ -179,21 +180,22 @@ class Run:
 
     def batches(self):
         """Yield (images, labels) of the epoch, on the device."""
-        self.step, self.begun = self.first_step, time.monotonic()
-        looked = self.begun
+        self.step = self.first_step
+        self.begun = looked = time.monotonic()
         indices = self.train.epoch_batches(self.seed, self.epoch, self.steps)
         for index in indices[self.first_step :]:
             yield self.train.batch(index)
             if PROCESSES > 1:
                 self.agree()
             self.step += 1
+            self.bar.update()
             # several processes all have to stop at the same step
             if self.stop_signal and (PROCESSES == 1 or self.all_told):
                 self.check_losses()
                 self.save_checkpoint(self.epoch - 1, self.step)
                 self.stop_if_told()
             if time.monotonic() - looked > LOOK_SECONDS:
-                self.progress.show(self.check_losses())
+                self.show(self.check_losses())
                 looked = time.monotonic()
 
     def agree(self):
@@ -215,7 +217,7 @@ class Run:
         if recordable and self.graph is None:
             self.graph = Graph(step, self)
         values = self.graph(*inputs) if self.graph else step(*inputs)
-        if self.names != list(values):
+        if self.names != list(values):  # the first step, or the script's scalars have changed
             self.set_columns(list(values))
         with torch.no_grad():
             torch.stack(tuple(values.values()), out=self.rows[self.step])
@@ -243,8 +245,32 @@ class Run:
         row = {self.unit: self.epoch * self.unit_size, "data": self.train.name}
         row |= dict(zip(self.names, means.tolist())) | measured
         self.history.append(row)
-        self.progress.end_epoch(row)
+        if self.bar.disable:
+            self.print_line(row)
         return self.history
+
+    def progress_bar(self):
+        """Counts steps, on a terminal only; elsewhere each epoch prints a line."""
+        from tqdm import tqdm
+
+        steps = len(self.sizes)
+        quiet = RANK > 0 or not sys.stderr.isatty()
+        done = self.epoch * steps + self.first_step
+        return tqdm(total=self.num_epochs * steps, initial=done, unit=" steps", disable=quiet)
+
+    def show(self, rows):
+        """The latest scalars in the bar. rows: those of the epoch's steps so far."""
+        latest = {name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}
+        self.bar.set_description(self.count(self.epoch), refresh=False)
+        self.bar.set_postfix(latest, refresh=False)
+
+    def print_line(self, row):
+        """A line for an epoch: its row of the history, and the time that is left."""
+        seconds = (time.monotonic() - self.begun) / max(1, self.step - self.first_step)
+        left = (self.num_epochs - self.epoch) * len(self.sizes) * seconds / 60
+        numbers = [f"{name} {v:.3f}" for name, v in row.items() if isinstance(v, float)]
+        place = f"{self.count(self.epoch)}/{self.num_epochs * self.unit_size}"
+        print(place, *numbers, f"{left:.1f} min left", sep="  ", flush=True)
 
     def save_weights(self, name, **networks):
         """Write what sampling and analysis need: the networks, and the settings to rebuild them."""
@@ -274,7 +300,7 @@ class Run:
         return rows
 
     def break_off(self, what):
-        raise FloatingPointError(
+        raise BrokenOff(
             f"{what}; {self.last_good()}; train anew with a lower learning rate and another "
             "--output_dir"
         )
@@ -286,10 +312,10 @@ class Run:
 
     def save_checkpoint(self, epoch, step):
         """Write everything that continuing needs."""
-        random_states = [self.random_state()]
+        random_states = [random_state(self.device)]
         if PROCESSES > 1:
             random_states = [None] * PROCESSES
-            distributed.all_gather_object(random_states, self.random_state())
+            distributed.all_gather_object(random_states, random_state(self.device))
         contents = {
             "script": self.script,
             "settings": self.settings,
@@ -298,17 +324,12 @@ class Run:
             "epoch": epoch,
             "step": step,
             "names": self.names,
-            "rows": self.rows[:step].clone(),
+            "rows": self.rows,
             "history": self.history,
             "random_states": random_states,
             "state": {name: part.state_dict() for name, part in self.state.items()},
         }
         common.save_tensors(self.path, contents)
-
-    def random_state(self):
-        """The state of torch's random numbers on the host and on the device."""
-        device = device_generator(self.device)
-        return [torch.get_rng_state(), device.get_rng_state() if device else None]
 
     def restore(self, old):
         """Go on where the checkpoint was written."""
@@ -325,12 +346,8 @@ class Run:
                 if isinstance(rate, torch.Tensor):  # the script goes on changing this very tensor
                     group["lr"] = rate.fill_(group["lr"])
         self.epoch, self.first_step, self.history = old["epoch"], old["step"], old["history"]
-        self.set_columns(old["names"])
-        self.rows[: self.first_step] = old["rows"]
-        on_host, on_device = old["random_states"][RANK]
-        torch.set_rng_state(on_host)
-        if on_device is not None and device_generator(self.device):
-            device_generator(self.device).set_rng_state(on_device)
+        self.names, self.rows = old["names"], old["rows"].to(self.device)
+        set_random_state(self.device, old["random_states"][RANK])
 
     def on_signal(self, number, frame):
         if self.stop_signal and PROCESSES == 1:  # torchrun sends each signal twice
@@ -347,46 +364,14 @@ class Run:
             raise KeyboardInterrupt(message)
 
 
-class Progress:
-    """A bar on a terminal, else a line an epoch."""
-
-    def __init__(self, run):
-        from tqdm import tqdm
-
-        self.run, self.images = run, sum(run.sizes)  # an epoch
-        self.bar = tqdm(
-            total=run.num_epochs * self.images,
-            initial=run.epoch * self.images,
-            unit=" images",
-            unit_scale=True,
-            disable=RANK > 0 or not sys.stderr.isatty(),
-        )
-
-    def show(self, rows):
-        """rows: the scalars of the epoch's steps so far."""
-        run = self.run
-        last = zip(run.names, rows[-1].tolist())
-        self.bar.set_description(run.count(run.epoch), refresh=False)
-        self.bar.set_postfix({name: f"{value:.3f}" for name, value in last}, refresh=False)
-        self.bar.update((run.epoch - 1) * self.images + sum(run.sizes[: run.step]) - self.bar.n)
-
-    def end_epoch(self, row):
-        run = self.run
-        if self.bar.disable:
-            seconds = (time.monotonic() - run.begun) / max(1, run.step - run.first_step)
-            left = (run.num_epochs - run.epoch) * len(run.sizes) * seconds / 60
-            numbers = [f"{name} {v:.3f}" for name, v in row.items() if isinstance(v, float)]
-            total = run.num_epochs * run.unit_size
-            print(f"{run.count(run.epoch)}/{total}", *numbers, f"{left:.1f} min left", sep="  ")
-            sys.stdout.flush()
-
-
 def join_processes(device):
     """Under `torchrun --nproc_per_node=N SCRIPT.py`: make the N processes one group."""
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # graphs and messages go by the current GPU
     if PROCESSES > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        # the others wait so long while the first one downloads the data
+        distributed.init_process_group(backend, timeout=timedelta(hours=2))
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 
@@ -400,9 +385,19 @@ def check_writable(folder):
         raise BadInput(f"output_dir {folder} cannot be written: {error.strerror}")
 
 
-def device_generator(device):
-    """The module that holds the device's own random numbers, or None on a CPU."""
-    return getattr(torch, device.type) if device.type in ("cuda", "mps") else None
+def random_state(device):
+    """Where torch's random numbers are, on the host and on the device."""
+    states = [torch.get_rng_state()]
+    if device.type in ("cuda", "mps"):  # they have random numbers of their own
+        states.append(getattr(torch, device.type).get_rng_state())
+    return states
+
+
+def set_random_state(device, states):
+    """Go on with random numbers where `random_state` was called."""
+    torch.set_rng_state(states[0])
+    if device.type in ("cuda", "mps") and len(states) > 1:
+        getattr(torch, device.type).set_rng_state(states[1])
 
 
 class Graph:
@@ -417,11 +412,12 @@ class Graph:
     def __init__(self, step, run):
         self.step, self.run = step, run
         self.warm_up_steps, self.graph, self.inputs = 3, None, None
+        self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
         if self.warm_up_steps:
             return self.warm_up(inputs)
-        if self.inputs is None and len(inputs[0]) == max(self.run.sizes):
+        if self.graph is None and len(inputs[0]) == max(self.run.sizes):
             self.record(inputs)
         if self.graph is None or inputs[0].shape != self.inputs[0].shape:
             return self.step(*inputs)
@@ -435,11 +431,10 @@ class Graph:
         for part in self.run.state.values():
             for group in getattr(part, "param_groups", ()):
                 group["capturable"] = True  # the optimiser counts its steps on the device
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             values = self.step(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         return values
 
     def record(self, inputs):
@@ -449,10 +444,12 @@ class Graph:
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):  # nothing is computed here, only written down
-                self.values = self.step(*self.inputs)
-            self.graph = graph
-        except RuntimeError as error:
-            warn(
-                "this step cannot be recorded as a CUDA graph and runs as it is (if it fails, "
-                f"try --cuda_graph false): {error}"
+                values = self.step(*self.inputs)
+        except RuntimeError as error:  # after this CUDA may refuse everything in this process
+            raise BrokenOff(
+                "this step cannot be recorded as a CUDA graph; start again with "
+                f"--cuda_graph false ({error})"
             )
+        # detached, since the short steps build a graph of gradients of their own
+        self.values = {name: value.detach() for name, value in values.items()}
+        self.graph = graph

@@ -122,15 +122,8 @@ def test_auto_takes_bfloat16_where_the_device_is_fast_at_it(found, fast, monkeyp
         assert common.use_bfloat16("auto", cuda) == (capability >= (8, 0))
     monkeypatch.delattr(torch.cpu, "get_capabilities")
     assert not common.use_bfloat16("auto", cpu), "a torch that cannot tell"
-    with pytest.raises(common.BadInput, match="float32, tf32, bfloat16"):
+    with pytest.raises(common.BadInput, match="float32, bfloat16"):
         common.use_bfloat16("float16", cpu)
-
-
-def test_tf32_is_a_faster_float32_of_gpus_and_lasts_for_one_run():
-    assert not common.use_bfloat16("tf32", torch.device("cpu"))
-    assert torch.get_float32_matmul_precision() == "high"
-    common.use_bfloat16("auto", torch.device("mps"))
-    assert torch.get_float32_matmul_precision() == "highest"
 
 
 # --------------------------------------------------------------- continuing, or refusing to
@@ -322,7 +315,7 @@ def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
         "loss": "generator loss became nan at epoch 2, step 3",
         "weights": "no longer finite after epoch 2",
     }
-    with pytest.raises(FloatingPointError, match=f"{words[change]}.*still holds epoch 1"):
+    with pytest.raises(common.BrokenOff, match=f"{words[change]}.*still holds epoch 1"):
         gan(num_epochs=3)
     assert (here / "out" / "checkpoint.pt").read_bytes() == good
 
@@ -345,13 +338,34 @@ def test_losses_are_looked_at_once_a_second(seconds, steps, gan, monkeypatch):
         return {"loss": torch.tensor(math.nan if len(calls) >= 3 else 1.0)}
 
     monkeypatch.setattr(main_gan.Trainer, "step", step)
-    with pytest.raises(FloatingPointError, match="loss became nan at epoch 1, step 3; no epoch"):
+    with pytest.raises(common.BrokenOff, match="loss became nan at epoch 1, step 3; no epoch"):
         gan(num_epochs=1, batch_size=50)  # of 90 steps
     assert len(calls) == steps
 
 
 def test_the_default_is_a_look_a_second():
     assert training.LOOK_SECONDS == 1
+
+
+@pytest.mark.parametrize(
+    "error, words",
+    [
+        (common.BrokenOff("the loss became nan"), "the loss became nan"),
+        (OSError("could not write a.pt: no space"), "could not write a.pt: no space"),
+        (
+            torch.OutOfMemoryError("CUDA out of memory"),
+            "out of memory; give a smaller --batch_size",
+        ),
+    ],
+)
+def test_a_run_that_breaks_off_says_so_in_one_line(error, words, monkeypatch, capsys):
+    def step(trainer, real):
+        raise error
+
+    monkeypatch.setattr(main_gan.Trainer, "step", step)
+    options = ["--dataset_type", "digits", "--num_epochs", "1", "--device", "cpu"]
+    assert helpers.run_here(main_gan, *options) == 1
+    assert capsys.readouterr().err == f"main_gan.py: {words}\n"
 
 
 # ------------------------------------------------------------------------------- files
