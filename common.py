@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -112,7 +112,10 @@ def parse_command_line(script, description, dicts):
         near = difflib.get_close_matches(unknown[0].lstrip("-"), vars(chosen), n=1)
         advice = f"did you mean --{near[0]}?" if near else "see --help"
         raise BadInput(f"unknown key {unknown[0]}; {advice}")
-    return [{key: getattr(chosen, key, kwargs[key]) for key in kwargs} for kwargs in dicts]
+    changed = []
+    for kwargs in dicts:
+        changed.append({key: getattr(chosen, key, kwargs[key]) for key in kwargs})
+    return changed
 
 
 def run_script(main, *dicts):
@@ -300,6 +303,10 @@ class Images:
     def device(self):
         return self.pixels.device
 
+    def to(self, device):
+        """The same images on another device."""
+        return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
+
     def record(self):
         """What weights and checkpoints say of the data."""
         return {
@@ -421,65 +428,71 @@ def load_data(
     normalize=True,
     horizontal_flip=False,
 ):
-    """Load a data set as (train, test), two `Images` of 1 or 3 channels. Raises BadInput.
+    """Load a data set as (train, test), two `Images` on the device. Raises BadInput.
 
-    dataset_type: mnist, fashion_mnist, cifar10, cub, sprites (the files in data_dir, else a
-    download, but for sprites, else the bundled digits with a warning); folder (data_dir is a
-    directory of images, flat or with one sub-folder a class); digits (the bundled 4,500 + 500
-    of MNIST, in random colours for 3 channels); or a torch Dataset of (image, label). Where
-    there is no test split, a fixed tenth of the images is held out for it.
-
-    image_size: the side in pixels; 0 is the data set's own, or 32. device: also "auto".
-    jpeg_quality: of cub, if above 0. exclude_class: a label that is left out; -1 keeps all.
+    See `read_data_set` for what can be read, and `Images` for the last four keys.
+    exclude_class: a label that is left out; -1 keeps all.
     """
-    loaded = dataset_type if isinstance(dataset_type, str) else type(dataset_type).__name__
-    legal = loaded in DATASET_TYPES or loaded != dataset_type
-    require(legal, f"dataset_type must be one of {', '.join(DATASET_TYPES)}, not {loaded!r}")
     require(batch_size >= 1, "batch_size must be at least 1")
-    require(image_size >= 0, "image_size must be at least 1, or 0 for the data set's own")
-    require(image_channels in (1, 3), "image_channels must be 1 (grey) or 3 (colour)")
-    require(0 <= jpeg_quality <= 100, "jpeg_quality must be between 0 and 100")
     require(exclude_class >= -1, "exclude_class must be a label, or -1 to keep all")
-    size = image_size or OWN_SIZE.get(loaded, 32)
     device = choose_device(device)
+    train, test = read_data_set(
+        dataset_type, data_dir, image_channels, image_size, jpeg_quality, allow_fallback
+    )
+    if exclude_class >= 0:
+        train, test = leave_out(train, exclude_class), leave_out(test, exclude_class)
+    most = f"batch_size must be at most {len(train)}, all images of {train.name}"
+    require(batch_size <= len(train), most)
+    batches = dict(batch_size=batch_size, shuffle=shuffle, normalize=normalize)
+    train = replace(train.to(device), **batches, horizontal_flip=horizontal_flip)
+    return train, replace(test.to(device), **batches)
+
+
+def kind_of(dataset_type):
+    """The name of a data set, or that of the class of a torch Dataset from Python."""
+    return dataset_type if isinstance(dataset_type, str) else type(dataset_type).__name__
+
+
+def read_data_set(dataset_type, data_dir, channels, image_size, jpeg_quality, allow_fallback):
+    """Read a data set as (train, test), two `Images` on the CPU.
+
+    dataset_type: mnist, fashion_mnist, cifar10, cub, sprites (the files in data_dir,
+    else a download, but for sprites, else the bundled digits with a warning); folder
+    (data_dir holds images, flat or with a sub-folder a class); digits (5,000 of MNIST,
+    in random colours for 3 channels); or a torch Dataset of (image, label). A fixed
+    tenth is held out where there is no test split. image_size: 0 is its own, or 32.
+    """
+    loaded = kind_of(dataset_type)
+    legal = f"dataset_type must be one of {', '.join(DATASET_TYPES)}, not {loaded!r}"
+    require(loaded in DATASET_TYPES or loaded != dataset_type, legal)
+    require(image_size >= 0, "image_size must be at least 1, or 0 for the data set's own")
+    require(channels in (1, 3), "image_channels must be 1 (grey) or 3 (colour)")
+    require(0 <= jpeg_quality <= 100, "jpeg_quality must be between 0 and 100")
+    size = image_size or OWN_SIZE.get(loaded, 32)
     name = f"folder {Path(data_dir).resolve().name}" if loaded == "folder" else loaded
     try:
-        splits, classes = open_data_set(dataset_type, data_dir, size, image_channels, jpeg_quality)
+        splits, classes = open_data_set(dataset_type, data_dir, size, channels, jpeg_quality)
     except OSError as error:
         why = f"{name} is not in {data_dir}/ and could not be downloaded ({error})"
         why = f"{why}; put {PLACES.get(name, 'it')} there"
         require(allow_fallback and name in PLACES, why)
         warn_of_fallback(name, why)
-        splits, classes = load_digits(image_channels)
+        splits, classes = load_digits(channels)
         name, loaded = f"digits (bundled, in place of {name})", "digits"
-    if exclude_class >= 0:
-        name = f"{name} without {exclude_class}"
-        splits = [leave_out(exclude_class, pixels, labels) for pixels, labels in splits]
     both = []
     for pixels, labels in splits:
-        images = Images(
-            pixels=resize(pixels, size, image_channels).contiguous().to(device),
-            labels=labels.to(device),
-            class_names=list(classes),
-            name=name,
-            dataset_type=loaded,
-            data_dir=str(data_dir),
-            batch_size=batch_size,
-            shuffle=shuffle,
-            normalize=normalize,
-            horizontal_flip=horizontal_flip and not both,  # of the training images only
-        )
-        both.append(images)
-    count = len(both[0])
-    require(batch_size <= count, f"batch_size must be at most {count}, all images of {name}")
+        pixels = resize(pixels, size, channels).contiguous()
+        both.append(Images(pixels, labels, list(classes), name, loaded, str(data_dir)))
     return both
 
 
-def leave_out(label, pixels, labels):
-    kept = labels != label
+def leave_out(images, label):
+    """The Images without this class."""
+    kept = images.labels != label
     good = kept.any() and not kept.all()
     require(good, f"exclude_class {label} must be one of the labels of several classes")
-    return pixels[kept], labels[kept]
+    name = f"{images.name} without {label}"
+    return replace(images, pixels=images.pixels[kept], labels=images.labels[kept], name=name)
 
 
 def load_again(weights, data_dir, device, exclude_class=-1):
@@ -609,12 +622,14 @@ def load_sprites(data_dir):
         labels = labels.argmax(1)
     good = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3
     require(good, f"{path} must hold uint8 (N, height, width, 3), not {pixels.shape}")
-    good = labels.shape == (len(pixels),) and labels.dtype.kind in "iu" and labels.min() >= 0
-    require(good, f"{beside} must hold a whole number from 0, or a one-hot row, an image")
+    whole = labels.dtype.kind in "iu" and labels.shape == (len(pixels),)
+    wanted = "a whole number from 0, or a one-hot row, an image"
+    require(whole and labels.min() >= 0, f"{beside} must hold {wanted}")
     # the published file holds each picture about 50 times
     first = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_index=True)[1]
     kept = np.sort(first)
-    warn(f"{path}: {len(pixels):,} images, {len(pixels) - len(kept):,} exact duplicates removed")
+    copies = f"{len(pixels) - len(kept):,} exact duplicates removed"
+    warn(f"{path}: {len(pixels):,} images, {copies}")
     names = [str(i) for i in range(labels.max() + 1)]
     if found[0] == "sprites_1788_16x16.npy":
         names = ["hero", "non-hero", "food", "spell", "side-facing"]
@@ -797,7 +812,8 @@ def save_curves(history, panels, title, path):
             rows = [row for row in history if not math.isnan(row.get(column, math.nan))]
             x, y = [row[unit] for row in rows], [row[column] for row in rows]
             line = "--" if column.startswith("test") else "-"
-            axes.plot(x, y, line, label=column, marker="o" if len(x) < 20 else None, markersize=3)
+            dots = "o" if len(x) < 20 else None
+            axes.plot(x, y, line, label=column, marker=dots, markersize=3)
             drawn += y
         if drawn and 0 < 20 * min(drawn) < max(drawn):
             axes.set_yscale("log")

@@ -33,8 +33,10 @@ model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with a beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first convolution; they double where the side halves
-    "image_channels": 3,  # 3 colour, 1 grey, with other networks and another loss; MNIST is grey
+    "image_channels": 3,  # 3 colour, 1 grey, with its own networks and loss; of MNIST always 1
 }
+# Your own images: a folder of them (dataset_type "folder"), or from Python any
+# torch Dataset in the place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images a step
@@ -47,8 +49,8 @@ trainer_kwargs = {
     "num_epochs": 20,  # may grow later: the run continues; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
-    "beta_schedule": "constant",  # constant | linear; linear: 0 in epoch 1, then up to beta
-    "beta_epochs": 20,  # of the linear schedule: the epoch after these is the first with full beta
+    "beta_schedule": "constant",  # constant | linear; linear grows from 0 in epoch 1 to beta
+    "beta_epochs": 20,  # epochs that the linear schedule takes; the next has the whole beta
     "ema_decay": 0.99,  # tests, pictures and weights are of averages over 100 steps; 0: no average
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there
@@ -58,7 +60,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
     "sample_every": 5,  # epochs between pictures; also after the first epoch and the last
 }
 experiment_kwargs = {
@@ -181,8 +183,9 @@ class ColourDecoder(nn.Module):
 class GreyEncoder(nn.Module):
     """Images (N, 1, H, W) -> mu and logvar, both (N, latent_dim).
 
-    The networks for grey come from another source than those for colour: they
-    differ in kernels and activation. In a plain autoencoder logvar is None.
+    Kernels and activation are not those of the colour networks, since the two
+    pairs follow the exercises of two different courses. In a plain autoencoder
+    logvar is None.
     """
 
     def __init__(self, model_type, latent_dim, feature_maps, image_size):
@@ -384,8 +387,8 @@ class Trainer:
         loss.backward()
         # with torchrun: the mean over all processes; alone it does nothing
         training.all_reduce_gradients(self.optimizer)
-        # since the loss is a sum over pixels, the gradient has a length of
-        # 400 to 500
+        # The loss is a sum over pixels, so the gradient of all weights together
+        # has a length of 400 to 500. Cut to 1, every step counts the same.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -435,7 +438,8 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here; epochs count from 1, in a continued run too:
+            # A decay goes here; epochs count from 1, in a continued run too.
+            # From 0.001, for example, by ten per cent an epoch:
             #     self.lr.fill_(0.001 * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)
             self.beta.fill_(beta)
@@ -560,9 +564,12 @@ def main(
 ):
     """Train with the given settings; returns the Trainer, or {setting: Trainer} of an experiment.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
-    here or in the dict above. It gives (image, label): a Pillow image or a
-    tensor (C, H, W), uint8 or in [0, 1].
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
+    or in the dict above. It gives (image, label): a Pillow image or a tensor
+    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
+    image is brought to the network's size and channels, a tenth of them is held
+    out for testing, and `dataset.classes`, if there is such a list, names the
+    labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs, **experiment_kwargs})
     if experiment_kwargs["experiment"] != "none":

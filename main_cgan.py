@@ -56,7 +56,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
     "sample_every": 1,  # epochs between pictures; also after the first epoch and the last
 }
 

@@ -26,6 +26,8 @@ model_kwargs = {
     "generator_hidden_size": 256,  # width of the generator's two hidden layers
     "image_size": 784,  # pixels of a flattened grey image: 784 is 28 x 28
 }
+# Your own images: a folder of them (dataset_type "folder"), or from Python any
+# torch Dataset in the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step
@@ -46,7 +48,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
     "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
 }
 
@@ -244,7 +246,8 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here; epochs count from 1, in a continued run too:
+            # A decay goes here; epochs count from 1, in a continued run too.
+            # From 0.0002, for example, by one per cent an epoch:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
@@ -296,9 +299,12 @@ def load_generator(weights_path):
 def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
-    here or in the dict above. It gives (image, label): a Pillow image or a
-    tensor (C, H, W), uint8 or in [0, 1].
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
+    or in the dict above. It gives (image, label): a Pillow image or a tensor
+    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
+    image is brought to the network's size and channels, a tenth of them is held
+    out for testing, and `dataset.classes`, if there is such a list, names the
+    labels.
     """
     check_settings({**model_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)

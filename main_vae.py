@@ -27,6 +27,8 @@ model_kwargs = {
     "latent_dim": 32,  # entries of z; after 50 epochs 23 are in use, the others are only noise
     "image_size": 784,  # pixels of a flattened grey image: 784 is 28 x 28
 }
+# Your own images: a folder of them (dataset_type "folder"), or from Python any
+# torch Dataset in the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 128,  # images a step; 16 is slow, since Adam rewrites every weight once a step
@@ -49,7 +51,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from output_dir/checkpoint.pt; false starts over
+    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
     "sample_every": 10,  # epochs between pictures; also after the first epoch and the last
 }
 
@@ -379,9 +381,12 @@ def load_model(weights_path):
 def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
-    here or in the dict above. It gives (image, label): a Pillow image or a
-    tensor (C, H, W), uint8 or in [0, 1].
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
+    or in the dict above. It gives (image, label): a Pillow image or a tensor
+    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
+    image is brought to the network's size and channels, a tenth of them is held
+    out for testing, and `dataset.classes`, if there is such a list, names the
+    labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)

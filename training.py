@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -82,8 +83,7 @@ class Run:
         self.cuda_graph = cuda_graph
         self.resume = resume
         self.model_kwargs = model_kwargs
-        kind = dataset_kwargs["dataset_type"]
-        kind = kind if isinstance(kind, str) else type(kind).__name__  # a Dataset from Python
+        kind = common.kind_of(dataset_kwargs["dataset_type"])
         self.dataset_kwargs = {**dataset_kwargs, "dataset_type": kind}
         self.settings = {**model_kwargs, **self.dataset_kwargs, **trainer_kwargs}
         self.settings |= {"seed": seed, "processes": PROCESSES}
@@ -100,8 +100,7 @@ class Run:
         self.epoch = 0
         self.first_step = 0  # of an epoch that was interrupted
         self.stop_signal = 0
-        self.graph = None
-        self.last_weights = None
+        self.graph = self.last_weights = None
 
     def read_checkpoint(self):
         """The checkpoint's contents, if it was made with these settings. Raises BadInput."""
@@ -145,11 +144,7 @@ class Run:
         if self.epoch >= num_epochs > 0:
             print(f"{self.folder}: {self.count(self.epoch)} is trained already", flush=True)
         self.bar = self.progress_bar()
-        handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                handlers[number] = signal.signal(number, self.on_signal)
-        try:
+        with self.signals_are_heard(), self.bar:
             for epoch in range(self.epoch + 1, num_epochs + 1):
                 self.epoch = epoch
                 self.pictures_due = epoch in (1, num_epochs) or epoch % self.sample_every == 0
@@ -159,10 +154,6 @@ class Run:
                 self.first_step = 0
                 if PROCESSES == 1:
                     self.stop_if_told()
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
-            self.bar.close()
         self.say_where()
 
     def set_aside(self):
@@ -348,6 +339,19 @@ class Run:
         self.epoch, self.first_step, self.history = old["epoch"], old["step"], old["history"]
         self.names, self.rows = old["names"], old["rows"].to(self.device)
         set_random_state(self.device, old["random_states"][RANK])
+
+    @contextmanager
+    def signals_are_heard(self):
+        """Inside, Ctrl-C and SIGTERM let the step under way finish."""
+        handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers[number] = signal.signal(number, self.on_signal)
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
     def on_signal(self, number, frame):
         if self.stop_signal and PROCESSES == 1:  # torchrun sends each signal twice

@@ -86,7 +86,7 @@ def test_stopped_in_mid_epoch_a_script_goes_on_as_if_never_stopped(
     status, output, shown = process.finish()
     assert status == 0, shown
     unit = "iteration 20" if name == "gan_cub" else "epoch 2"
-    assert f"{unit}:" in shown and "loss=" in shown and "images/s" in shown  # the bar
+    assert f"{unit}:" in shown and "loss=" in shown and "steps/s" in shown  # the bar
     assert same_files(parts / "out", whole / "out")
     assert not list(tmp_path.rglob("*.part"))
     last = sorted(path.name for path in (parts / "out").glob("weights_*_*.pt"))[-1]
