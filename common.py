@@ -249,7 +249,7 @@ def load_weights(path, script, part):
             "the data; train again, or use that version"
         )
     kinds = "weights_*.pt is for sampling, checkpoint.pt for continuing"
-    require(part in contents, f"{path}, of {written_by}.py, holds no {part}; {kinds}")
+    require(part in contents, f"{path} holds no {part} (it is of {written_by}.py); {kinds}")
     return contents
 
 
