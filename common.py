@@ -10,6 +10,7 @@ import gc
 import hashlib
 import importlib
 import io
+import json
 import math
 import os
 import random
@@ -214,6 +215,14 @@ def write(path, content):
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"could not write {path}: {error.strerror}; the old file is untouched")
+
+
+def fill_page(name, data):
+    """A page of pages/ with `data` in it, as bytes. NaN becomes null."""
+    template = Path(__file__).parent / "pages" / name
+    plain = json.loads(json.dumps(data), parse_constant=lambda number: None)
+    text = json.dumps(plain).replace("<", "\\u003c")  # no name can end the script element
+    return template.read_text(encoding="utf-8").replace("@DATA@", text).encode()
 
 
 def save_tensors(path, contents):

@@ -8,6 +8,7 @@ run:    python gan_cub.py                       (any key below is an option: --l
         python gan_cub.py --experiment losses   (all four in turn, compared)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv,
+        run.html (open it to watch: pictures and curves),
         checkpoint.pt (the same command continues from it),
         weights_iteration_{I}.pt and weights_best.pt (for sampling);
         an experiment writes such a folder for each loss, and losses.png, losses.csv

@@ -8,6 +8,7 @@ run:    python main_ae.py                   (any key below is an option: --model
         python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
 writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png,
         train_loss_curve_{E}.png, latent_space_epoch_{E}.png (if latent_dim is 2), history.csv,
+        run.html (open it to watch: pictures and curves),
         checkpoint.pt (the same command continues from it),
         weights_epoch_{E}.pt (for sampling);
         an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv

@@ -8,6 +8,7 @@ run:    python main_cgan.py --num_epochs 20         (any key below is such an op
         torchrun --nproc_per_node=2 main_cgan.py    (two processes share each step)
 writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for each class, a column for each z),
         train_loss_curve_{E}.png, history.csv, training.gif (the pictures over the epochs),
+        run.html (open it to watch: pictures and curves),
         checkpoint.pt, after every epoch (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
 expect: MNIST, 20 epochs, seed 0: a classifier sees the asked digit in 99.6 % of 10,000 samples

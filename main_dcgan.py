@@ -5,6 +5,7 @@ paper:  Radford et al. 2015, Unsupervised Representation Learning with DCGANs,
 run:    python main_dcgan.py --num_epochs 10        (any key below is such an option)
         torchrun --nproc_per_node=2 main_dcgan.py   (two processes share each step)
 writes: cifar10_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
+        run.html (open it to watch: pictures and curves),
         checkpoint.pt, after every epoch (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
 expect: CIFAR-10, 10 epochs, seed 0: shapes of cars, birds, ships; D(x) 0.75, D(G(z)) 0.25,

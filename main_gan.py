@@ -4,6 +4,7 @@ paper:  Goodfellow et al. 2014, Generative Adversarial Nets, https://arxiv.org/a
 run:    python main_gan.py --num_epochs 20          (any key below is such an option)
         torchrun --nproc_per_node=2 main_gan.py     (two processes share each step)
 writes: mnist_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
+        run.html (open it to watch: pictures and curves),
         checkpoint.pt, after every epoch (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
 expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37, diversity 0.97;

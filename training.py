@@ -151,10 +151,24 @@ class Run:
                 yield epoch
                 common.write(self.folder / "history.csv", self.history)
                 self.save_checkpoint(epoch, step=0)
+                self.save_page()
                 self.first_step = 0
                 if PROCESSES == 1:
                     self.stop_if_told()
         self.say_where()
+
+    def save_page(self):
+        """run.html, to watch: the pictures of this folder, the curves, and what was set."""
+        data = {
+            "title": f"{self.script} on {self.train.name}: {self.folder}",
+            "unit": self.unit,
+            "step": self.unit_size,
+            "goal": self.num_epochs * self.unit_size,
+            "history": self.history,
+            "pictures": sorted(path.name for path in self.folder.glob("*.png")),
+            "settings": {**self.settings, **self.data, "torch": torch.__version__},
+        }
+        common.write(self.folder / "run.html", common.fill_page("run.html", data))
 
     def set_aside(self):
         """Rename the checkpoint of an earlier run, so that starting over loses nothing."""

@@ -472,7 +472,7 @@ def test_short_run_writes_the_promised_files(tmp_path):
     trainer = gan_cub.main(*small_dicts(tmp_path))
     assert trainer.train.shuffle
     out = tmp_path / "out"
-    expected = {"history.csv", "checkpoint.pt", "train_loss_curve.png"}
+    expected = {"history.csv", "checkpoint.pt", "run.html", "train_loss_curve.png"}
     for i in (4, 8):
         expected |= {f"samples_{i}.png", f"interpolations_{i}.png", f"weights_iteration_{i}.pt"}
     assert {path.name for path in out.iterdir()} == expected, "without scores none is the best"

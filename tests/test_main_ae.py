@@ -234,7 +234,7 @@ def test_beta_grows_linearly(tiny, tmp_path, without_curves):
 def test_a_short_run_writes_the_promised_files_and_learns(overrides, tiny, tmp_path):
     settings = {**SMALL, "batch_size": 50, "image_size": 16, "lr": 0.003, **overrides}
     trainer = main_ae.main(*tiny(main_ae, num_epochs=3, **settings))
-    names = {"history.csv", "checkpoint.pt"}
+    names = {"history.csv", "checkpoint.pt", "run.html"}
     for epoch in (1, 3):
         names |= {f"generated_image_epoch_{epoch}.png", f"reconstruction_epoch_{epoch}.png"}
         names |= {f"train_loss_curve_{epoch}.png", f"weights_epoch_{epoch}.pt"}

@@ -267,7 +267,7 @@ def test_what_is_scored_are_all_classes_in_turn(obedient):
 def test_short_run_writes_the_promised_files_and_learns(tiny, colours, tmp_path):
     settings = tiny(main_cgan, num_epochs=4, sample_every=2, batch_size=20, **colours)
     main_cgan.main(*settings)
-    names = {"history.csv", "checkpoint.pt", "training.gif"}
+    names = {"history.csv", "checkpoint.pt", "run.html", "training.gif"}
     for epoch in (1, 2, 4):
         names |= {f"generated_image_epoch_{epoch}.png", f"train_loss_curve_{epoch}.png"}
         names |= {f"weights_epoch_{epoch}.pt"}

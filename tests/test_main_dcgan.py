@@ -170,7 +170,7 @@ def test_without_averaging_it_is_the_generator_itself(tiny):
 
 def test_short_run_writes_the_promised_files_and_learns(tiny, tmp_path):
     main_dcgan.main(*tiny(main_dcgan, num_epochs=3, sample_every=5, batch_size=100, **SMALL))
-    names = {"history.csv", "checkpoint.pt"}
+    names = {"history.csv", "checkpoint.pt", "run.html"}
     for epoch in (1, 3):
         names |= {f"generated_image_epoch_{epoch}.png", f"train_loss_curve_{epoch}.png"}
         names |= {f"weights_epoch_{epoch}.pt"}

@@ -122,7 +122,7 @@ def test_the_promised_files_and_columns(trained):
     both = ["generated_image_epoch_{}.png", "train_loss_curve_{}.png", "weights_epoch_{}.pt"]
     named = {name.format(epoch) for name in both for epoch in (1, 2)}
     found = {path.name for path in trained.folder.iterdir()}
-    assert found == {"history.csv", "checkpoint.pt", *named}
+    assert found == {"history.csv", "checkpoint.pt", "run.html", *named}
     columns = ["epoch", "data", "discriminator loss", "generator loss", "D(x)", "D(G(z))"]
     rows = helpers.read_history(trained.folder)
     assert [list(row) for row in rows] == 2 * [[*columns, "diversity"]]

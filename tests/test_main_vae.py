@@ -201,7 +201,7 @@ def test_the_bound_of_the_test_images_equals_an_independent_computation(tiny):
 def test_a_short_run_writes_the_promised_files_and_learns(tiny, tmp_path, capsys):
     settings = {**SMALL, "iwae_samples": 5, "batch_size": 50}
     trainer = main_vae.main(*tiny(main_vae, num_epochs=4, **settings))
-    names = {"history.csv", "checkpoint.pt"}
+    names = {"history.csv", "checkpoint.pt", "run.html"}
     for epoch in (1, 4):
         names |= {f"generated_image_epoch_{epoch}.png", f"reconstruction_epoch_{epoch}.png"}
         names |= {f"train_loss_curve_{epoch}.png", f"weights_epoch_{epoch}.pt"}
