@@ -14,7 +14,6 @@ expect: main_vae on MNIST, 50 epochs: 10 nearest neighbours are 96.2 % right on 
 
 import base64
 import io
-import json
 import math
 from pathlib import Path
 
@@ -42,7 +41,6 @@ COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"]
 COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 MARKERS = "os^DvPX*<p"  # colour alone never tells two classes apart
 MOST_BYTES = 5_000_000  # of the page
-PAGE = Path(__file__).parent / "pages" / "latent_space_vae.html"
 
 
 def check_settings(settings):
@@ -202,13 +200,11 @@ def make_page(data, images, rebuilt, grid):
     """
     columns, cells = math.isqrt(len(images) - 1) + 1, math.isqrt(len(grid))
     data = {**data, "side": images.shape[-1], "columns": columns, "cells": cells}
-    template = PAGE.read_text(encoding="utf-8")
     for quality in (0, 85, 70, 50, 30, 15):  # 0 is exact
         data["images"] = data_uri(images, columns, quality)
         data["rebuilt"] = data_uri(rebuilt, columns, quality)
         data["grid"] = data_uri(grid, cells, quality)
-        text = json.dumps(data).replace("<", "\\u003c")  # no class name can end the script element
-        page = template.replace("@DATA@", text).encode()
+        page = common.fill_page("latent_space_vae.html", data)
         if len(page) < MOST_BYTES:
             break
     return page

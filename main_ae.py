@@ -4,6 +4,7 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.
         Burgess et al. 2018, Understanding disentangling in beta-VAE,
         https://arxiv.org/abs/1804.03599
 run:    python main_ae.py                   (any key below is an option: --model_type ae)
+        python main_ae.py --resume false    (start over)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
 writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png,
@@ -51,17 +52,17 @@ trainer_kwargs = {
     "lr": 0.001,  # Adam's learning rate
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear; linear grows from 0 in epoch 1 to beta
-    "beta_epochs": 20,  # epochs that the linear schedule takes; the next has the whole beta
-    "ema_decay": 0.99,  # tests, pictures and weights are of averages over 100 steps; 0: no average
+    "beta_epochs": 20,  # epochs of the linear schedule: 20 end at 0.95 beta, the 21st has it all
+    "ema_decay": 0.99,  # tests, pictures, saved weights: averaged over 1 / (1 - 0.99) steps; 0: not
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "output_dir": "cifar10_VAE",  # everything is written there
+    "output_dir": "cifar10_VAE",  # everything is written there; give each setting its own
 }
 run_kwargs = {
     "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
     "sample_every": 5,  # epochs between pictures; also after the first epoch and the last
 }
 experiment_kwargs = {
@@ -352,7 +353,7 @@ class Trainer:
         # A CUDA graph would freeze a Python number at its first value.
         # `fused` updates all tensors in one call.
         self.lr = torch.tensor(lr, device=device)
-        self.beta = torch.tensor(0.0, device=device)
+        self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
         # all samples are drawn from the same latent vectors, so that epochs
         # can be compared
@@ -379,14 +380,16 @@ class Trainer:
 
         On an NVIDIA GPU this is recorded once and replayed: an `if` on a
         counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. The scalars become columns of the
-        history, as means over the epoch's images: for another one, add it to
-        the dict that is returned.
+        first value. Change tensors instead. run.train_step puts the scalars
+        into history.csv, as means over the epoch's images: for another one, add
+        it to the dict that is returned (`losses` may return it too, but then
+        `evaluate` has one more to add up). run.html then shows it.
         """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
         loss.backward()
-        # with torchrun: the mean over all processes; alone it does nothing
+        # With torchrun each process has a batch of its own, and this takes the
+        # mean over all of them. Alone it does nothing.
         training.all_reduce_gradients(self.optimizer)
         # The loss is a sum over pixels, so the gradient of all weights together
         # has a length of 400 to 500. Cut to 1, every step counts the same.
@@ -402,7 +405,8 @@ class Trainer:
         The decay of step t is (1 + t) / (10 + t), at most ema_decay, so that
         the first weights are soon forgotten.
         """
-        t = self.optimizer.state[self.parameters[0]]["step"]  # Adam counts on the device
+        # Adam counts its steps, on the device, where a CUDA graph can go on
+        t = self.optimizer.state[self.parameters[0]]["step"]
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
         averages = [*self.ema_encoder.parameters(), *self.ema_decoder.parameters()]
         for ema, now in zip(averages, self.parameters):
@@ -410,7 +414,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self):
-        """The losses of training, of the averaged networks on the test images."""
+        """The losses of `step`, but for the averaged networks and all test images.
+
+        The loss has the epoch's beta in it: compare it between epochs, or
+        between runs, only where beta is the same.
+        """
         total = torch.zeros(3, device=self.test.device)
         for x in batches_of(self.test):
             losses = self.losses(self.ema_encoder, self.ema_decoder, x)
@@ -429,7 +437,13 @@ class Trainer:
         return self.target_beta * min(1, (epoch - 1) / self.beta_epochs)
 
     def fit(self):
-        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
+        """Train to num_epochs.
+
+        run.epochs loads checkpoint.pt if there is one, and goes on after it.
+        After each epoch it writes history.csv, run.html and checkpoint.pt. It
+        refuses a checkpoint of other settings, but cannot see changed code:
+        then give another --output_dir, or --resume false.
+        """
         run = self.run
         state = {
             "encoder": self.encoder,
@@ -446,7 +460,8 @@ class Trainer:
             self.beta.fill_(beta)
             for images, _ in run.batches():  # (N, C, H, W) on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here:
+                # A picture every 100 steps goes here; run.step counts the
+                # epoch's steps from 0:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # what is measured once an epoch becomes a column by this dict
@@ -655,6 +670,7 @@ def draw_comparison(trainers, num_epochs, experiment, path):
 
 
 if __name__ == "__main__":
+    # the options of the command line replace values of the dicts
     common.run_script(
         main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs
     )

@@ -2,7 +2,8 @@
 
 paper:  Goodfellow et al. 2014, Generative Adversarial Nets, https://arxiv.org/abs/1406.2661
 run:    python main_gan.py --num_epochs 20          (any key below is such an option)
-        torchrun --nproc_per_node=2 main_gan.py     (two processes share each step)
+        python main_gan.py --resume false           (start over)
+        torchrun --nproc_per_node=2 main_gan.py     (two processes, a batch each)
 writes: mnist_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
         checkpoint.pt, after every epoch (the same command continues from it),
@@ -41,7 +42,7 @@ trainer_kwargs = {
     "generator_lr": 0.0002,  # Adam's learning rate
     "discriminator_lr": 0.0002,  # Adam's learning rate
     "real_label": 0.9,  # target for real images: below 1 it keeps D from growing too sure
-    "fake_label": 0.1,  # target for generated images
+    "fake_label": 0.1,  # target for generated images, above 0 for the same reason
     "output_dir": "mnist_GAN",  # everything is written there
 }
 run_kwargs = {
@@ -49,7 +50,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
     "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
 }
 
@@ -90,7 +91,7 @@ class Generator(nn.Module):
                 # He et al. 2015. torch's own start is 2.4 times smaller, and
                 # from there D ran away from G on MNIST: the diversity of the
                 # samples fell to 0.00001 by epoch 13. From this start it was
-                # 0.92 after 4 epochs.
+                # 0.92 after 4 epochs. D does well with torch's own.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -115,6 +116,10 @@ class Discriminator(nn.Module):
 
     def forward(self, x):
         return self.model(x).squeeze(1)
+
+
+# For another loss, change these two functions. Where D's sigmoid is no longer a
+# probability, the columns D(x) and D(G(z)) in `step` lose their meaning.
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
@@ -195,9 +200,9 @@ class Trainer:
 
         On an NVIDIA GPU this is recorded once and replayed: an `if` on a
         counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. The scalars become columns of the
-        history, as means over the epoch's images: for another one, add it to
-        the dict that is returned.
+        first value. Change tensors instead. run.train_step puts the scalars
+        into history.csv, as means over the epoch's images: for another one, add
+        it to the dict that is returned. run.html then shows it.
         """
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
@@ -209,7 +214,8 @@ class Trainer:
         d_loss = discriminator_loss(real_logits, fake_logits, self.real_label, self.fake_label)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        # with torchrun: the mean over all processes; alone it does nothing
+        # With torchrun each process has a batch of its own, and this takes the
+        # mean over all of them. Alone it does nothing.
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
@@ -238,7 +244,13 @@ class Trainer:
         return self.generator(z).unflatten(1, self.train.pixels.shape[1:])
 
     def fit(self):
-        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
+        """Train to num_epochs.
+
+        run.epochs loads checkpoint.pt if there is one, and goes on after it.
+        After each epoch it writes history.csv, run.html and checkpoint.pt. It
+        refuses a checkpoint of other settings, but cannot see changed code:
+        then give another --output_dir, or --resume false.
+        """
         run = self.run
         state = {
             "generator": self.generator,
@@ -250,9 +262,11 @@ class Trainer:
             # A decay goes here; epochs count from 1, in a continued run too.
             # From 0.0002, for example, by one per cent an epoch:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
+            # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here:
+                # A picture every 100 steps goes here; run.step counts the
+                # epoch's steps from 0:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
@@ -321,4 +335,5 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
 
 
 if __name__ == "__main__":
+    # the options of the command line replace values of the dicts
     common.run_script(main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)

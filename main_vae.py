@@ -52,7 +52,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
     "sample_every": 10,  # epochs between pictures; also after the first epoch and the last
 }
 
@@ -246,14 +246,15 @@ class Trainer:
 
         On an NVIDIA GPU this is recorded once and replayed: an `if` on a
         counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. The scalars become columns of the
-        history, as means over the epoch's images: for another one, add it to
-        the dict that is returned.
+        first value. Change tensors instead. run.train_step puts the scalars
+        into history.csv, as means over the epoch's images: for another one, add
+        it to the dict that is returned. run.html then shows it.
         """
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
-        # with torchrun: the mean over all processes; alone it does nothing
+        # With torchrun each process has a batch of its own, and this takes the
+        # mean over all of them. Alone it does nothing.
         training.all_reduce_gradients(self.optimizer)
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
@@ -313,7 +314,13 @@ class Trainer:
         return total / len(self.test)
 
     def fit(self):
-        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
+        """Train to num_epochs.
+
+        run.epochs loads checkpoint.pt if there is one, and goes on after it.
+        After each epoch it writes history.csv, run.html and checkpoint.pt. It
+        refuses a checkpoint of other settings, but cannot see changed code:
+        then give another --output_dir, or --resume false.
+        """
         run = self.run
         state = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self.optimizer}
         for epoch in run.epochs(self.train, state, self.num_epochs):
@@ -321,7 +328,8 @@ class Trainer:
                 self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
             for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here:
+                # A picture every 100 steps goes here; run.step counts the
+                # epoch's steps from 0:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # what is measured once an epoch becomes a column by this dict
@@ -403,4 +411,5 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
 
 
 if __name__ == "__main__":
+    # the options of the command line replace values of the dicts
     common.run_script(main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)
