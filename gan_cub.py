@@ -40,6 +40,7 @@ dataset_kwargs = {
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
     "jpeg_quality": 0,  # of cub, compressed after resizing (the course's: 75); 0 does not compress
+    "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
     "loss": "wgan-gp",  # gan | lsgan | wgan-gp | hinge (hinge puts a spectral norm on D, too)
