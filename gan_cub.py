@@ -1,20 +1,24 @@
-"""GAN, LSGAN, WGAN-GP or hinge GAN on the birds of CUB-200-2011 at 32x32 pixels.
+"""GAN, LSGAN, WGAN-GP or R3GAN on the birds of CUB-200-2011 at 32x32 pixels.
 
 paper:  GAN: Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
         LSGAN: Mao et al. 2016, https://arxiv.org/abs/1611.04076
         WGAN-GP and the networks: Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028
-        hinge loss and spectral norm: Miyato et al. 2018, https://arxiv.org/abs/1802.05957
+        R3GAN: Huang et al. 2024, https://arxiv.org/abs/2501.05441
+        its pairs: Jolicoeur-Martineau 2018, https://arxiv.org/abs/1807.00734
+        its penalties R1 and R2: Mescheder et al. 2018, https://arxiv.org/abs/1801.04406
 run:    python gan_cub.py                       (any key below is an option: --loss lsgan)
         python gan_cub.py --experiment losses   (all four in turn, compared)
+        python gan_cub.py --experiment r3gan    (what each half of its loss does)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv,
         run.html (open it to watch: pictures and curves),
         checkpoint.pt (the same command continues from it),
         weights_iteration_{I}.pt and weights_best.pt (for sampling);
-        an experiment writes such a folder for each loss, and losses.png, losses.csv
+        an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
 expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations,
         seed 0, bfloat16; classifier distance at the end, N 2,000: gan 1070, lsgan 636,
-        wgan-gp 278, hinge 762; 18 min on one core of an AMD EPYC
+        wgan-gp 278, less than 18 min for the three on one core of an AMD EPYC; r3gan 383,
+        after the first 3,500, with lr 0.0004 in float32, 14 min
 """
 
 import dataclasses
@@ -41,13 +45,14 @@ dataset_kwargs = {
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
     "jpeg_quality": 0,  # of cub, compressed after resizing (the course's: 75); 0 does not compress
+    "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
-    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | hinge (hinge puts a spectral norm on D, too)
+    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan; best by eye: r3gan with --lr 0.0004
     "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
-    "d_steps": 5,  # steps of D for one of G; it must divide sample_every
+    "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: what suits the loss
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
-    "gp_weight": 10.0,  # lambda, the weight of the gradient penalty of wgan-gp
+    "penalty_weight": -1.0,  # of the penalty on D's gradient; 0: none; -1: what suits the loss
     "ema_decay": 0.999,  # pictures, weights and scores are of G averaged over 1000 steps; 0: of G
     "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto is bfloat16 where that is fast
     "score_features": "auto",  # inception (the FID) | classifier | auto: the first if it can be had
@@ -63,8 +68,42 @@ run_kwargs = {
     "sample_every": 1000,  # iterations between scores, pictures, weights and checkpoints
 }
 experiment_kwargs = {
-    "experiment": "none",  # none | losses; losses trains with every loss in turn, to compare them
+    "experiment": "none",  # none | losses | r3gan; trains several settings in turn and compares
 }
+# What suits each loss: the course's settings; for r3gan one step of each
+# network, as in Huang et al., and a weight that suits the birds. The weight
+# is lambda in wgan-gp; in every other loss it is gamma, of R1 and R2.
+LOSS_DEFAULTS = {
+    "gan": {"d_steps": 5, "penalty_weight": 0.0},
+    "lsgan": {"d_steps": 5, "penalty_weight": 0.0},
+    "wgan-gp": {"d_steps": 5, "penalty_weight": 10.0},
+    "r3gan": {"d_steps": 1, "penalty_weight": 1.0},
+}
+# The settings of each experiment, by the names of their folders; everything
+# else is as in the dicts or on the command line.
+EXPERIMENTS = {
+    "losses": {
+        "gan": {"loss": "gan"},
+        "lsgan": {"loss": "lsgan"},
+        "wgan-gp": {"loss": "wgan-gp"},
+        "r3gan": {"loss": "r3gan"},
+    },
+    "r3gan": {
+        "pairs": {"loss": "r3gan", "d_steps": 1, "penalty_weight": 0.0},
+        "penalties": {"loss": "gan", "d_steps": 1, "penalty_weight": 1.0},
+        "both": {"loss": "r3gan", "d_steps": 1, "penalty_weight": 1.0},
+    },
+}
+
+
+def suit_loss(loss, d_steps, penalty_weight):
+    """(d_steps, penalty_weight) as given, or, where they are 0 and -1, what suits the loss."""
+    suitable = LOSS_DEFAULTS[loss]
+    if d_steps == 0:
+        d_steps = suitable["d_steps"]
+    if penalty_weight == -1:
+        penalty_weight = suitable["penalty_weight"]
+    return d_steps, penalty_weight
 
 
 def check_settings(settings):
@@ -75,16 +114,19 @@ def check_settings(settings):
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
     common.require(settings["loss"] in LOSSES, f"loss must be one of {', '.join(LOSSES)}")
-    for key in ("feature_maps", "d_steps", "sample_every"):
+    for key in ("feature_maps", "sample_every"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
-    for key in ("num_iterations", "gp_weight"):
-        common.require(settings[key] >= 0, f"{key} must be at least 0")
+    common.require(settings["num_iterations"] >= 0, "num_iterations must be at least 0")
+    common.require(settings["d_steps"] >= 0, "d_steps must be at least 1, or 0 for the loss's own")
+    weight = settings["penalty_weight"]
+    legal_weight = "penalty_weight must be at least 0, or -1 for the loss's own"
+    common.require(weight >= 0 or weight == -1, legal_weight)
     common.require(settings["lr"] > 0, "lr must be above 0")
     common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
     legal = {
         "precision": ("auto", "float32", "tf32", "bfloat16"),
         "score_features": ("auto", "inception", "classifier"),
-        "experiment": ("none", "losses"),
+        "experiment": ("none", *EXPERIMENTS),
     }
     for key, values in legal.items():
         common.require(settings[key] in values, f"{key} must be one of {', '.join(values)}")
@@ -93,8 +135,8 @@ def check_settings(settings):
     every = settings["sample_every"]
     whole = settings["num_iterations"] % every == 0
     common.require(whole, f"num_iterations must be a multiple of sample_every, {every}")
-    whole = every % settings["d_steps"] == 0
-    common.require(whole, f"sample_every must be a multiple of d_steps, {settings['d_steps']}")
+    d_steps, _ = suit_loss(settings["loss"], settings["d_steps"], weight)
+    common.require(every % d_steps == 0, f"sample_every must be a multiple of d_steps, {d_steps}")
 
 
 class ResBlockUp(nn.Module):
@@ -211,7 +253,7 @@ class Discriminator(nn.Module):
     logit, which must not depend on the other images.
     """
 
-    def __init__(self, feature_maps, image_channels, image_size, spectral_norm):
+    def __init__(self, feature_maps, image_channels, image_size):
         super().__init__()
         layers = [FirstResBlock(image_channels, feature_maps)]  # (N, 128, 16, 16)
         halvings = int(math.log2(image_size // 16))  # 1 at 32 pixels
@@ -220,13 +262,6 @@ class Discriminator(nn.Module):
         layers += [ResBlock(feature_maps), ResBlock(feature_maps), nn.ReLU()]
         self.blocks = nn.Sequential(*layers)
         self.linear = nn.Linear(feature_maps, 1)
-        if spectral_norm:
-            # It divides a weight by its largest singular value, which is
-            # estimated by one power iteration a pass (Miyato et al.,
-            # algorithm 1).
-            for layer in list(self.modules()):
-                if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                    nn.utils.parametrizations.spectral_norm(layer)
 
     def forward(self, x):
         features = self.blocks(x).float().sum(dim=(2, 3))  # (N, 128)
@@ -272,28 +307,33 @@ def wgan_generator_loss(fake_logits):
     return -fake_logits.mean()
 
 
-def hinge_discriminator_loss(real_logits, fake_logits):
-    """max(0, 1 - D(x)) + max(0, 1 + D(G(z))), D the logit; Miyato et al., eq. (16).
+def r3gan_discriminator_loss(real_logits, fake_logits):
+    """softplus(D(G(z)) - D(x)), D the logit; Huang et al., eq. (2).
 
-    It is 2 where D is 0 everywhere, and 0 where D is beyond 1 on the right
-    side everywhere.
+    D need not say how real an image is, only which one of a pair is: the
+    i-th real and the i-th generated image. softplus(t) = log(1 + e^t), mean
+    over the pairs: log 2 = 0.693 where D cannot tell.
     """
-    return F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()
+    return F.softplus(fake_logits - real_logits).mean()
 
 
-def hinge_generator_loss(fake_logits):
-    """-D(G(z)), D the logit; Miyato et al., eq. (17)."""
-    return -fake_logits.mean()
+def r3gan_generator_loss(real_logits, fake_logits):
+    """softplus(D(x) - D(G(z))): the same pairs, told the other way round.
+
+    It is the non-saturating form of Huang et al., eq. (2), in which f = -log
+    sigmoid; mean over the pairs.
+    """
+    return F.softplus(real_logits - fake_logits).mean()
 
 
 # The key "loss" chooses a line here. To add a loss, write its two functions
-# above and its line below; what it needs beside them goes where the Trainer
-# asks for "wgan-gp" or for "hinge".
+# above, its line below and one in LOSS_DEFAULTS; what it needs beside them
+# goes where the Trainer asks for "wgan-gp" or for "r3gan".
 LOSSES = {
     "gan": (gan_discriminator_loss, gan_generator_loss),
     "lsgan": (lsgan_discriminator_loss, lsgan_generator_loss),
     "wgan-gp": (wgan_discriminator_loss, wgan_generator_loss),
-    "hinge": (hinge_discriminator_loss, hinge_generator_loss),
+    "r3gan": (r3gan_discriminator_loss, r3gan_generator_loss),
 }
 
 
@@ -313,19 +353,33 @@ def gradient_penalty(critic, real, fake, epsilon):
     return (norms - 1).square().mean()
 
 
+def zero_centred_penalty(images, logits):
+    """|gradient of D|^2, mean over real and generated images together: (R1 + R2) / gamma.
+
+    Mescheder et al., eqs. (9) and (10): R1 is gamma / 2 times its mean over
+    the real images, R2 over the generated ones. It lets D rest where the two
+    cannot be told apart. images (2N, C, H, W), halves of one size, which
+    require a gradient; logits (2N,) are D's of them.
+    """
+    # As above, an image's gradient is that of its own logit.
+    total = logits.sum()
+    (gradient,) = torch.autograd.grad(total, images, create_graph=True)  # (2N, C, H, W)
+    return gradient.square().sum(dim=(1, 2, 3)).mean()
+
+
 def mean_distance(images):
     """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
-def make_networks(latent_dim, feature_maps, image_shape, spectral_norm, device):
+def make_networks(latent_dim, feature_maps, image_shape, device):
     """(generator, its average, discriminator) for images of shape (C, H, W), on the device."""
     image_channels, image_size, _ = image_shape
     generator = Generator(latent_dim, feature_maps, image_channels, image_size)
     ema_generator = Generator(latent_dim, feature_maps, image_channels, image_size)
     ema_generator.load_state_dict(generator.state_dict())
     ema_generator.requires_grad_(False).eval()
-    discriminator = Discriminator(feature_maps, image_channels, image_size, spectral_norm)
+    discriminator = Discriminator(feature_maps, image_channels, image_size)
     networks = [generator, ema_generator, discriminator]
     # In memory the channels of a pixel lie side by side: convolutions are
     # faster so.
@@ -379,7 +433,7 @@ class Trainer:
         num_iterations,
         d_steps,
         lr,
-        gp_weight,
+        penalty_weight,
         ema_decay,
         precision,
         score_features,
@@ -388,17 +442,16 @@ class Trainer:
         sample_every,
     ):
         self.run, self.folder, self.latent_dim = run, Path(output_dir), latent_dim
-        self.num_iterations, self.sample_every, self.d_steps = num_iterations, sample_every, d_steps
-        self.loss, self.gp_weight, self.ema_decay = loss, gp_weight, ema_decay
+        self.num_iterations, self.sample_every = num_iterations, sample_every
+        self.loss, self.ema_decay = loss, ema_decay
         self.discriminator_loss, self.generator_loss = LOSSES[loss]
+        self.d_steps, self.penalty_weight = suit_loss(loss, d_steps, penalty_weight)
         # One call of `step` takes the batches of d_steps iterations at once.
-        self.train = dataclasses.replace(train, batch_size=train.batch_size * d_steps)
+        self.train = dataclasses.replace(train, batch_size=train.batch_size * self.d_steps)
         self.scorer = make_scorer(train, test, score_features, score_images)
         self.bfloat16 = common.use_bfloat16(precision, train.device)
-        image_shape, spectral_norm = train.pixels.shape[1:], loss == "hinge"
-        self.generator, self.ema_generator, self.discriminator = make_networks(
-            latent_dim, feature_maps, image_shape, spectral_norm, train.device
-        )
+        networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
+        self.generator, self.ema_generator, self.discriminator = networks
         # The rate is a tensor on the device, since a CUDA graph would freeze
         # a Python number.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
@@ -425,10 +478,11 @@ class Trainer:
         the dict that is returned.
         """
         rows = []
+        parts = real.chunk(self.d_steps)  # (N, C, H, W) each
         with self.autocast():
-            for part in real.chunk(self.d_steps):  # (N, C, H, W)
+            for part in parts:
                 rows.append(self.discriminator_step(part))
-            g_loss = self.generator_step(len(real) // self.d_steps)
+            g_loss = self.generator_step(parts[-1])
         self.update_ema()
 
         # The rate of the next step falls linearly to 0. For another decay,
@@ -450,7 +504,8 @@ class Trainer:
 
         # D sees both halves in one pass, which is safe because it has no
         # batch norm.
-        logits = self.discriminator(torch.cat([real, fake]))  # (2N,)
+        images = torch.cat([real, fake]).requires_grad_()  # (2N, C, H, W); for R1 and R2
+        logits = self.discriminator(images)  # (2N,)
         real_logits, fake_logits = logits.chunk(2)  # (N,) each
         loss = self.discriminator_loss(real_logits, fake_logits)
         values = {
@@ -458,25 +513,32 @@ class Trainer:
             "real logit": real_logits.mean(),
             "fake logit": fake_logits.mean(),
         }
-        if self.loss == "wgan-gp":
-            epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
-            penalty = gradient_penalty(self.discriminator, real, fake, epsilon)
+        if self.penalty_weight > 0:
+            if self.loss == "wgan-gp":
+                epsilon = torch.rand(len(real), 1, 1, 1, device=real.device)
+                penalty = gradient_penalty(self.discriminator, real, fake, epsilon)
+            else:
+                penalty = zero_centred_penalty(images, logits)
             values["gradient penalty"] = penalty
-            loss = loss + self.gp_weight * penalty
+            loss = loss + self.penalty_weight * penalty
         self.discriminator_optimizer.zero_grad()
-        loss.backward()
+        # `inputs` leaves out the gradient of the images, here not needed
+        loss.backward(inputs=list(self.discriminator.parameters()))
         # with torchrun: the mean over all processes; alone it does nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
         return values
 
-    def generator_step(self, count):
-        """One step of G on count images; returns its loss."""
-        z = torch.randn(count, self.latent_dim, device=self.train.device)
-        fake = self.generator(z)  # (N, C, H, W)
-        self.discriminator.eval()  # so that its spectral norms stay as they are
-        loss = self.generator_loss(self.discriminator(fake))
-        self.discriminator.train()
+    def generator_step(self, real):
+        """One step of G on as many images as there are in real (N, C, H, W); returns its loss."""
+        z = torch.randn(len(real), self.latent_dim, device=real.device)
+        fake_logits = self.discriminator(self.generator(z))  # (N,)
+        if self.loss == "r3gan":
+            with torch.no_grad():  # G cannot change these
+                real_logits = self.discriminator(real)  # (N,)
+            loss = self.generator_loss(real_logits, fake_logits)
+        else:
+            loss = self.generator_loss(fake_logits)
         self.generator_optimizer.zero_grad()
         # `inputs` leaves out the gradients of D's weights, which nobody needs
         loss.backward(inputs=list(self.generator.parameters()))
@@ -602,7 +664,7 @@ def load_generator(weights_path):
 def main(
     model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs=experiment_kwargs
 ):
-    """Train with the given settings; returns the Trainer, or {loss: Trainer} of an experiment.
+    """Train with the given settings; returns the Trainer, or {name: Trainer} of an experiment.
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
     here or in the dict above. It gives (image, label): a Pillow image or a
@@ -611,8 +673,10 @@ def main(
     check_settings(
         {**model_kwargs, **dataset_kwargs, **trainer_kwargs, **run_kwargs, **experiment_kwargs}
     )
-    if experiment_kwargs["experiment"] == "losses":
-        return compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)
+    if experiment_kwargs["experiment"] != "none":
+        return compare(
+            model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, **experiment_kwargs
+        )
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
     # these two are grey; all others, and the digits that stand in for them,
     # are in colour
@@ -629,55 +693,56 @@ def main(
     return trainer
 
 
-def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
-    """Train with each loss in a folder of its own, unless that is done; then compare them.
+def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment):
+    """Train each setting in a folder of its own, unless that is done; then compare them.
 
-    Returns {loss: Trainer}.
+    Returns {name: Trainer}.
     """
     folder = Path(trainer_kwargs["output_dir"])
-    trainers = {}  # {loss: Trainer}
-    for loss in LOSSES:
-        print(f"losses: {loss}", flush=True)
-        changed = {**trainer_kwargs, "loss": loss, "output_dir": str(folder / loss)}
-        trainers[loss] = main(model_kwargs, dataset_kwargs, changed, run_kwargs)
-    if trainer_kwargs["num_iterations"] and trainers[loss].scorer:
-        rows = [summary(trainer) for trainer in trainers.values()]
-        common.write(folder / "losses.csv", rows)
+    trainers = {}  # {name: Trainer}
+    for name, changes in EXPERIMENTS[experiment].items():
+        print(f"{experiment}: {name}", flush=True)
+        changed = {**trainer_kwargs, **changes, "output_dir": str(folder / name)}
+        alone = {"experiment": "none"}
+        trainers[name] = main(model_kwargs, dataset_kwargs, changed, run_kwargs, alone)
+    if trainer_kwargs["num_iterations"] and trainers[name].scorer:
+        rows = [summary(name, trainer) for name, trainer in trainers.items()]
+        common.write(folder / f"{experiment}.csv", rows)
         for row in rows:
             print(row)
-        draw_losses(trainers, folder / "losses.png")
+        draw_comparison(trainers, folder / f"{experiment}.png")
     return trainers
 
 
-def summary(trainer):
-    """A row {column: value} on one loss: its best score, and its last."""
-    history, name = trainer.run.history, trainer.scorer.name
+def summary(name, trainer):
+    """A row {column: value} on one setting: its best score, and its last."""
+    history, distance = trainer.run.history, trainer.scorer.name
     refuse_other_score(history, trainer.scorer)
-    scores = [row[name] for row in history]
+    scores = [row[distance] for row in history]
     best = min(scores)
     return {
-        "loss": trainer.loss,
-        f"best {name}": best,
+        "setting": name,
+        f"best {distance}": best,
         "at iteration": history[scores.index(best)]["iteration"],
-        f"last {name}": scores[-1],
+        f"last {distance}": scores[-1],
         "last diversity": history[-1]["diversity"],
     }
 
 
-def draw_losses(trainers, path):
-    """Write the scores of {loss: Trainer} as curves, and beside them the last samples of each."""
+def draw_comparison(trainers, path):
+    """Write the scores of {name: Trainer} as curves, and beside them the last samples of each."""
     from matplotlib import image
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(4 * (1 + len(trainers)), 4.5), layout="constrained")
     curves, *pictures = figure.subplots(1, 1 + len(trainers))
-    for axes, (loss, trainer) in zip(pictures, trainers.items()):
+    for axes, (name, trainer) in zip(pictures, trainers.items()):
         scorer, history = trainer.scorer, trainer.run.history
         iterations = [row["iteration"] for row in history]
         scores = [row[scorer.name] for row in history]
-        curves.plot(iterations, scores, marker="o", markersize=3, label=loss)
+        curves.plot(iterations, scores, marker="o", markersize=3, label=name)
         axes.imshow(image.imread(trainer.folder / f"samples_{iterations[-1]}.png"))
-        axes.set(title=f"{loss}: {scores[-1]:.4g}", xticks=[], yticks=[])
+        axes.set(title=f"{name}: {scores[-1]:.4g}", xticks=[], yticks=[])
     label = f"{scorer.name} (N {scorer.num_images:,})"
     curves.set(xlabel="iteration", ylabel=label, xlim=(0, None), ylim=(0, None))
     curves.grid(alpha=0.3)

@@ -132,7 +132,7 @@ def wgan_step(trainer):
             ones = torch.ones_like(logits)
             (gradient,) = torch.autograd.grad(logits, mixed, ones, create_graph=True)
             penalty = ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
-            d_loss = d(fake).mean() - d(real).mean() + trainer.gp_weight * penalty
+            d_loss = d(fake).mean() - d(real).mean() + trainer.penalty_weight * penalty
             d_adam.zero_grad()
             d_loss.backward()
             d_adam.step()

@@ -94,7 +94,7 @@ def random_images(number):
 
 def test_default_networks_are_the_described_ones():
     assert count(gan_cub.Generator(128, 128, 3, 32)) == 1_204_099
-    discriminator = gan_cub.Discriminator(128, 3, 32, spectral_norm=False)
+    discriminator = gan_cub.Discriminator(128, 3, 32)
     assert count(discriminator) == 1_053_825
     norms = [m for m in discriminator.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert not norms, "the penalty is on an image's own gradient"
@@ -106,10 +106,9 @@ def test_shapes_at_every_size(size, channels):
     images = gan_cub.Generator(4, 8, channels, size)(torch.randn(2, 4))
     assert images.shape == (2, channels, size, size)
     assert images.abs().max() <= 1
-    for spectral_norm in (False, True):
-        discriminator = gan_cub.Discriminator(8, channels, size, spectral_norm)
-        assert discriminator(images).shape == (2,)
-        assert discriminator.blocks(images).shape == (2, 8, 8, 8), "8 x 8 at every size"
+    discriminator = gan_cub.Discriminator(8, channels, size)
+    assert discriminator(images).shape == (2,)
+    assert discriminator.blocks(images).shape == (2, 8, 8, 8), "8 x 8 at every size"
 
 
 def test_upsampling_is_nearest_neighbour_before_the_convolutions():
@@ -143,7 +142,7 @@ def test_a_block_that_keeps_the_size_adds_to_its_input():
 
 
 def test_the_discriminator_sums_over_the_pixels():
-    network = gan_cub.Discriminator(8, 3, 32, spectral_norm=False)
+    network = gan_cub.Discriminator(8, 3, 32)
     x = torch.randn(3, 3, 32, 32)
     features = network.blocks(x).detach()
     assert features.min() >= 0
@@ -152,24 +151,10 @@ def test_the_discriminator_sums_over_the_pixels():
     assert np.allclose(network(x).detach().numpy(), by_hand, atol=1e-4)
 
 
-def test_hinge_has_spectral_norms_of_one_and_no_other_loss_has(make):
-    trainer = make(loss="hinge")
-    for _ in range(30):
-        trainer.discriminator(random_images(2))
-    kinds = (torch.nn.Conv2d, torch.nn.Linear)
-    layers = [m for m in trainer.discriminator.modules() if isinstance(m, kinds)]
-    assert len(layers) == 8
-    for layer in layers:
-        matrix = layer.weight.detach().flatten(1).numpy()
-        assert np.linalg.svd(matrix, compute_uv=False)[0] == pytest.approx(1, abs=0.02)
-    other = make(loss="wgan-gp", resume=False)
-    assert not [name for name in other.discriminator.state_dict() if "parametrizations" in name]
-
-
 # ------------------------------------------------------------------------------ losses
 
 
-@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
+@pytest.mark.parametrize("loss", gan_cub.LOSSES)
 def test_losses_equal_the_papers_equations(loss):
     real, fake = np.random.RandomState(0).randn(2, 9) * 2
 
@@ -186,15 +171,16 @@ def test_losses_equal_the_papers_equations(loss):
             ((fake - 1) ** 2).mean() / 2,
         ),
         "wgan-gp": (fake.mean() - real.mean(), -fake.mean()),
-        "hinge": (
-            np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean(),
-            -fake.mean(),
+        "r3gan": (
+            -np.log(sigmoid(real - fake)).mean(),
+            -np.log(sigmoid(fake - real)).mean(),
         ),
     }[loss]
     discriminator_loss, generator_loss = gan_cub.LOSSES[loss]
     real, fake = torch.from_numpy(real), torch.from_numpy(fake)
     assert discriminator_loss(real, fake).item() == pytest.approx(d_loss)
-    assert generator_loss(fake).item() == pytest.approx(g_loss)
+    seen = (real, fake) if loss == "r3gan" else (fake,)
+    assert generator_loss(*seen).item() == pytest.approx(g_loss)
 
 
 @pytest.mark.parametrize("scale", [0.01, 1.0])  # a slope below 1 costs, as one above does
@@ -208,6 +194,25 @@ def test_penalty_of_a_linear_critic_is_known(scale):
     penalty = gan_cub.gradient_penalty(critic, real, fake, torch.rand(5, 1, 1, 1))
     slope = math.sqrt((weight.numpy() ** 2).sum())
     assert penalty.item() == pytest.approx((slope - 1) ** 2, rel=1e-12)
+
+
+def test_zero_centred_penalty_of_a_linear_critic_is_known():
+    weight = torch.randn(3, 8, 8, dtype=torch.float64)
+    images = torch.randn(6, 3, 8, 8, dtype=torch.float64, requires_grad=True)
+    penalty = gan_cub.zero_centred_penalty(images, (images * weight).sum((1, 2, 3)) + 5)
+    assert penalty.item() == pytest.approx((weight.numpy() ** 2).sum(), rel=1e-12)
+
+
+def test_zero_centred_penalty_is_half_of_r1_and_r2_and_teaches_the_critic():
+    images = torch.randn(6, 3, 4, 4, requires_grad=True)
+    scale = torch.ones((), requires_grad=True)
+    logits = scale * images.square().sum((1, 2, 3)) / 2  # its gradient at x is scale x
+    penalty = gan_cub.zero_centred_penalty(images, logits)
+    squares = (images.detach().numpy() ** 2).sum((1, 2, 3))
+    r1, r2 = squares[:3].mean(), squares[3:].mean()
+    assert penalty.item() == pytest.approx((r1 + r2) / 2, rel=1e-5)
+    (slope,) = torch.autograd.grad(penalty, scale)
+    assert slope.item() == pytest.approx(r1 + r2, rel=1e-5)
 
 
 def test_penalty_looks_between_one_real_and_one_generated_image():
@@ -254,7 +259,7 @@ def test_there_is_one_epsilon_an_image(make, monkeypatch):
 # --------------------------------------------------------------------------- the steps
 
 
-@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
+@pytest.mark.parametrize("loss", gan_cub.LOSSES)
 def test_each_optimiser_moves_only_its_own_network(loss, make):
     trainer = make(loss=loss)
     g, d = flat(trainer.generator), flat(trainer.discriminator)
@@ -263,11 +268,10 @@ def test_each_optimiser_moves_only_its_own_network(loss, make):
     assert not flat(trainer.discriminator).equal(d)
     assert all(p.grad is None for p in trainer.generator.parameters())
     trainer.discriminator_optimizer.zero_grad()
-    before = {name: value.clone() for name, value in trainer.discriminator.state_dict().items()}
-    trainer.generator_step(8)
+    d = flat(trainer.discriminator)
+    trainer.generator_step(random_images(8))
     assert not flat(trainer.generator).equal(g)
-    for name, value in trainer.discriminator.state_dict().items():
-        assert value.equal(before[name]), f"{name}: nor do the spectral norms move"
+    assert flat(trainer.discriminator).equal(d)
     assert all(p.grad is None for p in trainer.discriminator.parameters()), "no gradient for D"
 
 
@@ -288,35 +292,97 @@ def loss_by_hand(loss, real_logits, fake_logits):
         return real_loss + F.binary_cross_entropy(fake_logits.sigmoid(), zeros)
     if loss == "lsgan":
         return F.mse_loss(real_logits, ones) / 2 + F.mse_loss(fake_logits, zeros) / 2
-    if loss == "hinge":
-        return (1 - real_logits).clamp(min=0).mean() + (1 + fake_logits).clamp(min=0).mean()
+    if loss == "r3gan":
+        return F.binary_cross_entropy((real_logits - fake_logits).sigmoid(), ones)
     return fake_logits.mean() - real_logits.mean()
 
 
-@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
-def test_gradients_of_a_step_equal_those_written_out(loss, make):
+def squared_slopes(critic, images):
+    """The squared norm of the critic's gradient at each image, one image at a time."""
+    slopes = []
+    for image in images.split(1):
+        x = image.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+        slopes.append(gradient.square().sum())
+    return torch.stack(slopes)
+
+
+@pytest.mark.parametrize("penalty_weight", [0.0, 3.0])
+@pytest.mark.parametrize("loss", gan_cub.LOSSES)
+def test_gradients_of_a_step_equal_those_written_out(loss, penalty_weight, make):
     """D's step in one pass over both kinds equals two passes and the loss by hand."""
-    trainer = make(loss=loss, gp_weight=3.0)
+    trainer = make(loss=loss, penalty_weight=penalty_weight)
     real = random_images(8)
-    d = trainer.discriminator.eval()  # a spectral norm that stays, for the comparison
+    d = trainer.discriminator
     trainer.lr.fill_(0)
     torch.manual_seed(5)
-    trainer.discriminator_step(real)
+    values = trainer.discriminator_step(real)
+    assert ("gradient penalty" in values) == (penalty_weight > 0)
     measured = [p.grad.clone() for p in d.parameters()]
     torch.manual_seed(5)
     fake = trainer.generator(torch.randn(8, 4)).detach()
-    epsilon = torch.rand(8, 1, 1, 1)
     value = loss_by_hand(loss, d(real), d(fake))
     if loss == "wgan-gp":
-        x = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
-        penalties = []
-        for i in range(8):
-            (gradient,) = torch.autograd.grad(d(x[i : i + 1]).sum(), x, create_graph=True)
-            penalties.append((gradient[i].square().sum().sqrt() - 1) ** 2)
-        value = value + 3 * torch.stack(penalties).mean()
+        epsilon = torch.rand(8, 1, 1, 1)
+        squares = squared_slopes(d, epsilon * real + (1 - epsilon) * fake)
+        value = value + penalty_weight * (squares.sqrt() - 1).square().mean()
+    else:
+        r1 = penalty_weight / 2 * squared_slopes(d, real).mean()
+        r2 = penalty_weight / 2 * squared_slopes(d, fake).mean()
+        value = value + r1 + r2
     expected = torch.autograd.grad(value, list(d.parameters()))
     for one, other in zip(measured, expected):
         assert torch.allclose(one, other, atol=1e-4, rtol=1e-3)
+
+
+def test_the_generator_of_r3gan_is_compared_with_the_real_images(make):
+    trainer = make(loss="r3gan")
+    real = random_images(8)
+    trainer.lr.fill_(0)
+    torch.manual_seed(5)
+    measured = trainer.generator_step(real)
+    torch.manual_seed(5)
+    d, fake = trainer.discriminator, trainer.generator(torch.randn(8, 4))
+    by_hand = torch.log(1 + torch.exp(d(real) - d(fake))).mean()
+    assert measured.item() == pytest.approx(by_hand.item(), rel=1e-5)
+    expected = torch.autograd.grad(by_hand, list(trainer.generator.parameters()))
+    for p, gradient in zip(trainer.generator.parameters(), expected):
+        assert torch.allclose(p.grad, gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_the_generator_sees_the_last_real_batch_of_the_step(make, monkeypatch):
+    trainer = make(d_steps=2)
+    real, seen = random_images(16), []
+    generator_step = gan_cub.Trainer.generator_step
+
+    def look(self, images):
+        seen.append(images.clone())
+        return generator_step(self, images)
+
+    monkeypatch.setattr(gan_cub.Trainer, "generator_step", look)
+    trainer.step(real)
+    assert len(seen) == 1 and seen[0].equal(real[8:])
+
+
+@pytest.mark.parametrize(
+    "loss, d_steps, penalty_weight",
+    [("gan", 5, 0), ("lsgan", 5, 0), ("wgan-gp", 5, 10), ("r3gan", 1, 1)],
+)
+def test_each_loss_has_settings_of_its_own_which_a_key_changes(loss, d_steps, penalty_weight, make):
+    asked = dict(loss=loss, sample_every=30)
+    trainer = make(**asked, d_steps=0, penalty_weight=-1.0)
+    assert (trainer.d_steps, trainer.penalty_weight) == (d_steps, penalty_weight)
+    assert trainer.train.batch_size == 8 * d_steps
+    trainer = make(**asked, d_steps=3, penalty_weight=-1.0)
+    assert (trainer.d_steps, trainer.penalty_weight) == (3, penalty_weight)
+    trainer = make(**asked, d_steps=0, penalty_weight=0.0)
+    assert (trainer.d_steps, trainer.penalty_weight) == (d_steps, 0)
+
+
+def test_a_loss_that_suits_itself_is_the_default():
+    defaults = gan_cub.trainer_kwargs
+    assert (defaults["d_steps"], defaults["penalty_weight"]) == (0, -1)
+    assert list(gan_cub.LOSS_DEFAULTS) == list(gan_cub.LOSSES)
 
 
 def test_adam_has_no_momentum_and_second_moments_of_0_9(make):
@@ -324,7 +390,7 @@ def test_adam_has_no_momentum_and_second_moments_of_0_9(make):
     trainer = make()
     steps = {
         "discriminator": lambda: trainer.discriminator_step(random_images(8)),
-        "generator": lambda: trainer.generator_step(8),
+        "generator": lambda: trainer.generator_step(random_images(8)),
     }
     for name, step in steps.items():
         network = getattr(trainer, name)
@@ -352,7 +418,7 @@ def test_the_average_follows_its_formula(make):
         assert "num_batches" in name or torch.allclose(value, expected[name], atol=1e-6), name
 
 
-@pytest.mark.parametrize("loss", ["gan", "lsgan", "wgan-gp", "hinge"])
+@pytest.mark.parametrize("loss", gan_cub.LOSSES)
 def test_each_network_learns_against_the_other_as_it_stands(loss, make):
     trainer = make(loss=loss)
     trainer.lr.fill_(2e-3)
@@ -360,7 +426,7 @@ def test_each_network_learns_against_the_other_as_it_stands(loss, make):
     rows = [trainer.discriminator_step(real) for _ in range(30)]
     assert rows[-1]["discriminator loss"] < rows[0]["discriminator loss"] - 0.1
     assert rows[-1]["real logit"] > rows[-1]["fake logit"] + 0.5
-    losses = [trainer.generator_step(32).item() for _ in range(30)]
+    losses = [trainer.generator_step(real).item() for _ in range(30)]
     assert losses[-1] < losses[0] - 0.1
 
 
@@ -414,11 +480,11 @@ def record_steps(monkeypatch, interrupt_at=None):
         events.append((len(real), round(rate, 6)))
         return d_step(self, real)
 
-    def generator_step(self, number):
-        events.append(("G", number))
+    def generator_step(self, real):
+        events.append(("G", len(real)))
         if len(events) == interrupt_at:
             signal.raise_signal(signal.SIGINT)
-        return g_step(self, number)
+        return g_step(self, real)
 
     monkeypatch.setattr(gan_cub.Trainer, "discriminator_step", discriminator_step)
     monkeypatch.setattr(gan_cub.Trainer, "generator_step", generator_step)
@@ -438,7 +504,7 @@ def test_generator_every_d_steps_and_learning_rate_falls_to_zero(tmp_path, monke
     assert trainer.lr.item() == 0
 
 
-@pytest.mark.parametrize("loss", ["wgan-gp", "hinge"])
+@pytest.mark.parametrize("loss", ["wgan-gp", "r3gan"])
 def test_continued_run_equals_an_uninterrupted_one(loss, tmp_path, monkeypatch):
     settings = dict(num_iterations=12, sample_every=6, d_steps=3, lr=0.1, loss=loss)
     whole, parts = tmp_path / "whole", tmp_path / "parts"
@@ -523,25 +589,31 @@ def test_grey_data_are_trained_on_in_grey(tmp_path, monkeypatch):
         ("num_iterations", 10, "num_iterations must be a multiple of sample_every, 4"),
         ("num_iterations", -4, "num_iterations must be at least 0"),
         ("d_steps", 3, "sample_every must be a multiple of d_steps, 3"),
-        ("d_steps", 0, "d_steps must be at least 1"),
+        ("d_steps", -1, "d_steps must be at least 1, or 0 for the loss's own"),
         ("sample_every", 0, "sample_every must be at least 1"),
-        ("loss", "wgan", "loss must be one of gan, lsgan, wgan-gp, hinge"),
+        ("loss", "wgan", "loss must be one of gan, lsgan, wgan-gp, r3gan"),
         ("image_size", 28, "image_size must be 16, 32 or 64"),
         ("latent_dim", 1, "latent_dim must be at least 2"),
         ("feature_maps", 0, "feature_maps must be at least 1"),
         ("lr", 0.0, "lr must be above 0"),
-        ("gp_weight", -1.0, "gp_weight must be at least 0"),
+        ("penalty_weight", -0.5, "penalty_weight must be at least 0, or -1"),
         ("ema_decay", 1.0, "ema_decay must be at least 0 and below 1"),
         ("precision", "half", "precision must be one of"),
         ("score_features", "vgg", "score_features must be one of"),
         ("score_images", 1, "score_images must be at least 2, or 0"),
-        ("experiment", "all", "experiment must be one of none, losses"),
+        ("experiment", "all", "experiment must be one of none, losses, r3gan"),
     ],
 )
 def test_bad_settings_end_before_any_work(key, value, message, tmp_path):
     with pytest.raises(common.BadInput, match=message):
         gan_cub.main(*small_dicts(tmp_path, **{key: value}))
     assert not (tmp_path / "out").exists()
+
+
+def test_the_d_steps_of_a_loss_must_fit_too(tmp_path):
+    """sample_every is 4 here, which the five steps of wgan-gp do not divide."""
+    with pytest.raises(common.BadInput, match="sample_every must be a multiple of d_steps, 5"):
+        gan_cub.main(*small_dicts(tmp_path, d_steps=0))
 
 
 # ------------------------------------------------------------------------------- scores
@@ -560,11 +632,11 @@ def compared(tmp_path_factory):
 
 def test_experiment_compares_the_losses(compared):
     folder, trainers = compared
-    assert list(trainers) == ["gan", "lsgan", "wgan-gp", "hinge"]
+    assert list(trainers) == ["gan", "lsgan", "wgan-gp", "r3gan"]
     with open(folder / "out" / "losses.csv", encoding="utf-8") as file:
         table = list(csv.DictReader(file))
     for row, (loss, trainer) in zip(table, trainers.items()):
-        assert row["loss"] == trainer.loss == loss
+        assert row["setting"] == trainer.loss == loss
         history = read_history(folder / "out" / loss)
         scores = {float(line["classifier distance"]): line["iteration"] for line in history}
         assert float(row["best classifier distance"]) == pytest.approx(min(scores))
@@ -572,6 +644,18 @@ def test_experiment_compares_the_losses(compared):
         assert float(row["last classifier distance"]) == list(scores)[-1]
     picture = np.asarray(Image.open(folder / "out" / "losses.png").convert("RGB"))
     assert len(np.unique(picture.reshape(-1, 3), axis=0)) > 20_000, "it shows the samples"
+
+
+def test_the_ablation_takes_the_halves_of_r3gan_apart(tmp_path):
+    trainers = gan_cub.main(*small_dicts(tmp_path, experiment="r3gan", num_iterations=0))
+    settings = {}
+    for name, trainer in trainers.items():
+        settings[name] = (trainer.loss, trainer.penalty_weight, trainer.d_steps)
+    assert settings == {
+        "pairs": ("r3gan", 0, 1),
+        "penalties": ("gan", 1, 1),
+        "both": ("r3gan", 1, 1),
+    }
 
 
 def test_an_experiment_that_is_done_is_only_drawn_again(compared, capsys, monkeypatch):

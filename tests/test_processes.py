@@ -41,7 +41,7 @@ for name in helpers.SMALL:
     os.chdir(folder)
     try:
         script = importlib.import_module(name)
-        short = dict(num_epochs=1, num_iterations=10, output_dir=name, loss="hinge")
+        short = dict(num_epochs=1, num_iterations=10, output_dir=name, loss="r3gan")
         trainer = script.main(*helpers.small_dicts(script, **short))
         torch.save(helpers.state_dicts(trainer), f"{folder}/{name}_{RANK}.pt")
     except Exception:

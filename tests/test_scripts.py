@@ -273,8 +273,8 @@ WRONG = {
     "score_features": ["fid", ""],
     "score_images": [-1, 1],
     "loss": ["wgan", "WGAN-GP"],
-    "d_steps": [*AT_LEAST_1, 3],  # 3 does not divide sample_every
-    "gp_weight": [-1, "nan"],
+    "d_steps": [-1, 1.5, 3],  # 3 does not divide sample_every
+    "penalty_weight": [-2, -0.5, "nan"],
     "experiment": ["all", ""],
     "output_dir": [ROOT / "README.md", ROOT / "README.md" / "inside"],
     "seed": [-1, 2**32, 0.5],
