@@ -788,7 +788,7 @@ def save_grid(images, path, *, columns, low=-1.0, high=1.0):
     images = images.detach().float().cpu()
     grid = make_grid(images, columns, normalize=True, value_range=(low, high), pad_value=0.5)
     pixels = (255 * grid).round().byte().permute(1, 2, 0)  # (height, width, 3)
-    zoom = max(1, round(480 / pixels.shape[1]))  # small pictures are enlarged by whole pixels
+    zoom = math.ceil(480 / pixels.shape[1])  # small pictures are enlarged by whole pixels
     pixels = pixels.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
     buffer = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(buffer, "PNG")

@@ -38,6 +38,8 @@ model_kwargs = {
     "latent_dim": 128,  # entries of the latent vector z ~ N(0, I); at least 2
     "feature_maps": 128,  # channels of every layer, in both networks
 }
+# Your own images: a folder of them (dataset_type "folder"), or from Python any
+# torch Dataset in the place of "cub": see `main`.
 dataset_kwargs = {
     "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images an iteration
@@ -54,7 +56,7 @@ trainer_kwargs = {
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
     "penalty_weight": -1.0,  # of the penalty on D's gradient; 0: none; -1: what suits the loss
     "ema_decay": 0.999,  # pictures, weights and scores are of G averaged over 1000 steps; 0: of G
-    "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto is bfloat16 where that is fast
+    "precision": "auto",  # auto | float32 | bfloat16; auto is bfloat16 where that is fast
     "score_features": "auto",  # inception (the FID) | classifier | auto: the first if it can be had
     "score_images": 10000,  # generated images that a score is taken of; 0 leaves the scores out
     "output_dir": "cub_GAN",  # everything is written there
@@ -64,7 +66,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores: right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
     "sample_every": 1000,  # iterations between scores, pictures, weights and checkpoints
 }
 experiment_kwargs = {
@@ -124,7 +126,7 @@ def check_settings(settings):
     common.require(settings["lr"] > 0, "lr must be above 0")
     common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
     legal = {
-        "precision": ("auto", "float32", "tf32", "bfloat16"),
+        "precision": ("auto", "float32", "bfloat16"),
         "score_features": ("auto", "inception", "classifier"),
         "experiment": ("none", *EXPERIMENTS),
     }
@@ -473,9 +475,10 @@ class Trainer:
 
         On an NVIDIA GPU this is recorded once and replayed: an `if` on a
         counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. The scalars become columns of the
-        history, as means over the epoch's images: for another one, add it to
-        the dict that is returned.
+        first value. Change tensors instead. run.train_step puts the scalars
+        into history.csv, as means over sample_every iterations: for another
+        one, add it to the dict that is returned here or by
+        discriminator_step. run.html then shows it.
         """
         rows = []
         parts = real.chunk(self.d_steps)  # (N, C, H, W) each
@@ -524,7 +527,8 @@ class Trainer:
         self.discriminator_optimizer.zero_grad()
         # `inputs` leaves out the gradient of the images, here not needed
         loss.backward(inputs=list(self.discriminator.parameters()))
-        # with torchrun: the mean over all processes; alone it does nothing
+        # With torchrun each process has a batch of its own, and this takes the
+        # mean over all of them. Alone it does nothing.
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
         return values
@@ -571,11 +575,13 @@ class Trainer:
         return self.sample(torch.randn(len(index), self.latent_dim).to(self.train.device))
 
     def fit(self):
-        """Train to num_iterations. If there is a checkpoint, run.epochs loads it and goes on.
+        """Train to num_iterations, in periods of sample_every iterations.
 
-        An epoch of `run` is a period of sample_every iterations here, cut
-        from an endless row of passes over the data. run.step counts calls of
-        `step` within the period.
+        run.epochs loads checkpoint.pt if there is one, and goes on after it.
+        After each period it writes history.csv, run.html and checkpoint.pt. It
+        refuses a checkpoint of other settings, but cannot see changed code:
+        then give another --output_dir, or --resume false. The periods are cut
+        from an endless row of passes over the data.
         """
         run = self.run
         state = {
@@ -594,7 +600,8 @@ class Trainer:
             refuse_other_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here:
+                # A picture every 100 calls of `step`, each of d_steps iterations,
+                # goes here; run.step counts them within the period, from 0:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{period}_step_{run.step}")
             self.evaluate(period * size)
@@ -605,8 +612,7 @@ class Trainer:
         some = torch.arange(min(100, len(self.train)), device=self.train.device)
         real_distance = mean_distance(self.train.batch(some)[0])
         # 1 is as varied as the data; towards 0 all samples become alike: mode
-        # collapse. what is measured once a period becomes a column by this
-        # dict
+        # collapse. What is measured once a period becomes a column by this dict.
         measured = {"diversity": mean_distance(self.sample(self.fixed_z)) / real_distance}
         if self.scorer:
             measured |= self.scorer(self.generate)  # {name of the distance: value}
@@ -666,9 +672,12 @@ def main(
 ):
     """Train with the given settings; returns the Trainer, or {name: Trainer} of an experiment.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
-    here or in the dict above. It gives (image, label): a Pillow image or a
-    tensor (C, H, W), uint8 or in [0, 1].
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
+    or in the dict above. It gives (image, label): a Pillow image or a tensor
+    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
+    image is brought to the network's size and channels, a tenth of them is held
+    out for testing, and `dataset.classes`, if there is such a list, names the
+    labels.
     """
     check_settings(
         {**model_kwargs, **dataset_kwargs, **trainer_kwargs, **run_kwargs, **experiment_kwargs}
@@ -753,6 +762,7 @@ def draw_comparison(trainers, path):
 
 
 if __name__ == "__main__":
+    # the options of the command line replace values of the dicts
     common.run_script(
         main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs
     )
