@@ -10,9 +10,9 @@ writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for each class, a colu
         train_loss_curve_{E}.png, history.csv, training.gif (the pictures over the epochs),
         checkpoint.pt, after every epoch (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
-expect: MNIST, 20 epochs, seed 0: a classifier sees the asked digit in 99.6 % of 10,000 samples
-        (98.3 % in the worst class); diversity within a class 0.91 (worst 0.88); after 5 epochs
-        98.8 % (97.6 %) and 0.95
+expect: MNIST, 20 epochs, seed 0, float32: a classifier sees the asked digit in 99.6 % of 10,000
+        samples (98.3 % in the worst class); diversity within a class 0.91 (worst 0.88); after 5
+        epochs 98.8 % (97.6 %) and 0.95
 """
 
 import io
@@ -47,6 +47,7 @@ trainer_kwargs = {
     "generator_lr": 0.0005,  # Adam's learning rate; at 0.001 one class collapsed with seed 1
     "discriminator_lr": 0.0005,  # Adam's learning rate
     "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
+    "precision": "auto",  # auto | float32 | tf32 | bfloat16; auto: bfloat16 where it is fast
     "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: no scores
     "score_features": "classifier",  # inception | classifier; only the first gives the FID
     "output_dir": "mnist_CGAN",  # everything is written there
@@ -82,6 +83,8 @@ def check_settings(settings):
     for key in ("generator_lr", "discriminator_lr"):
         common.require(settings[key] > 0, f"{key} must be above 0")
     common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
+    legal = ("auto", "float32", "tf32", "bfloat16")
+    common.require(settings["precision"] in legal, f"precision must be one of {', '.join(legal)}")
     known = settings["score_features"] in ("inception", "classifier")
     common.require(known, "score_features must be inception or classifier")
 
@@ -122,7 +125,7 @@ class Generator(nn.Module):
 
     def forward(self, z, labels):
         z = torch.cat([z, self.embedding(labels)], dim=1)  # (N, latent_dim + embedding_dim)
-        return self.model(z[:, :, None, None])  # from (N, latent_dim + embedding_dim, 1, 1)
+        return self.model(z[:, :, None, None]).float()  # from (N, latent_dim + embedding_dim, 1, 1)
 
     @torch.no_grad()
     def sample(self, labels):
@@ -183,7 +186,7 @@ class Discriminator(nn.Module):
         if self.conditioning == "projection":
             directions = self.directions(labels)  # (N, features)
             logits = logits + (directions * features.flatten(1)).sum(1)
-        return logits
+        return logits.float()
 
 
 def init_weights(module):
@@ -279,6 +282,7 @@ class Trainer:
         generator_lr,
         discriminator_lr,
         ema_decay,
+        precision,
         score_every,
         score_features,
         output_dir,
@@ -286,6 +290,7 @@ class Trainer:
         self.run, self.train = run, train
         self.latent_dim, self.ema_decay = latent_dim, ema_decay
         self.num_epochs, self.folder = num_epochs, Path(output_dir)
+        self.bfloat16 = common.use_bfloat16(precision, train.device)
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
@@ -298,11 +303,18 @@ class Trainer:
         self.fixed_z = torch.randn(1000, latent_dim).to(train.device)
         index = torch.arange(1000, device=train.device)
         self.fixed_labels = index % len(train.class_names)
-        real_images, real_labels = train.batch(index[: len(train)])
-        self.real_distances = distance_within_classes(real_images, real_labels)
+        self.real_distances = distance_within_classes(*train.batch(index[: len(train)]))
         self.score_every, self.scorer = score_every, None
         if score_every:
             self.scorer = fid.Scorer(train, test, score_features, num_images=10000)
+
+    def autocast(self):
+        """Inside, the networks compute in bfloat16, if `precision` says so.
+
+        Their weights and logits, the losses and the pictures are float32.
+        """
+        kind = self.train.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
 
     def step(self, real, labels):
         """One step of D, then one of G. real (N, C, H, W), labels (N,); returns scalars.
@@ -314,13 +326,12 @@ class Trainer:
         the dict that is returned.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
-        # the real batch's labels, so that D cannot tell by the classes
-        fake = self.generator(z, labels)  # (N, C, H, W)
-
         # Each half in a pass of its own: batch norm sees one kind of image at
         # a time, as DCGAN's authors advise. Detached images teach only D.
-        real_logits = self.discriminator(real, labels)  # (N,)
-        fake_logits = self.discriminator(fake.detach(), labels)  # (N,)
+        with self.autocast():
+            fake = self.generator(z, labels)  # (N, C, H, W), of the real images' classes
+            real_logits = self.discriminator(real, labels)  # (N,)
+            fake_logits = self.discriminator(fake.detach(), labels)  # (N,)
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
@@ -328,11 +339,12 @@ class Trainer:
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt. `inputs` leaves out the
-        # gradients of D's weights, which nobody needs.
-        g_loss = generator_loss(self.discriminator(fake, labels))
+        # G is judged by the D that has just learnt: a second `autocast`, since
+        # the first keeps the bfloat16 copies that it made of D's old weights.
+        with self.autocast():
+            g_loss = generator_loss(self.discriminator(fake, labels))
         self.generator_optimizer.zero_grad()
-        g_loss.backward(inputs=list(self.generator.parameters()))
+        g_loss.backward(inputs=list(self.generator.parameters()))  # D's weights need none
         training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.update_ema()
