@@ -527,8 +527,7 @@ class Trainer:
         self.discriminator_optimizer.zero_grad()
         # `inputs` leaves out the gradient of the images, here not needed
         loss.backward(inputs=list(self.discriminator.parameters()))
-        # With torchrun each process has a batch of its own, and this takes the
-        # mean over all of them. Alone it does nothing.
+        # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
         return values

@@ -342,8 +342,7 @@ class Trainer:
         self.target_beta, self.ema_decay = beta, ema_decay
         self.beta_schedule, self.beta_epochs = beta_schedule, beta_epochs
         device, side = train.device, train.pixels.shape[2]
-        # only the networks compute in bfloat16; their weights and the losses
-        # are float32
+        # only layers compute in bfloat16; weights and losses are float32
         self.bfloat16 = common.use_bfloat16(precision, device)
         networks = make_networks(model_type, latent_dim, feature_maps, image_channels, side, device)
         self.encoder, self.decoder = networks
@@ -355,8 +354,7 @@ class Trainer:
         self.lr = torch.tensor(lr, device=device)
         self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
-        # all samples are drawn from the same latent vectors, so that epochs
-        # can be compared
+        # for all samples, so that epochs can be compared
         self.fixed_z = torch.randn(49, latent_dim).to(device)
 
     def losses(self, encoder, decoder, x):
@@ -388,8 +386,7 @@ class Trainer:
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
         loss.backward()
-        # With torchrun each process has a batch of its own, and this takes the
-        # mean over all of them. Alone it does nothing.
+        # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.optimizer)
         # The loss is a sum over pixels, so the gradient of all weights together
         # has a length of 400 to 500. Cut to 1, every step counts the same.

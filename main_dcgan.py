@@ -3,13 +3,13 @@
 paper:  Radford et al. 2015, Unsupervised Representation Learning with DCGANs,
         https://arxiv.org/abs/1511.06434
 run:    python main_dcgan.py --num_epochs 10        (any key below is such an option)
-        torchrun --nproc_per_node=2 main_dcgan.py   (two processes share each step)
+        torchrun --nproc_per_node=2 main_dcgan.py   (two processes, a batch each)
 writes: cifar10_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
         checkpoint.pt, after every epoch (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
-expect: CIFAR-10, 10 epochs, seed 0: shapes of cars, birds, ships; D(x) 0.75, D(G(z)) 0.25,
-        diversity 0.98; 43 min on one core of an AMD EPYC
+expect: CIFAR-10, 10 epochs, seed 0, float32: shapes of cars, birds, ships; D(x) 0.75,
+        D(G(z)) 0.25, diversity 0.98; 43 min on one core of an AMD EPYC
 """
 
 from pathlib import Path
@@ -27,6 +27,8 @@ model_kwargs = {
     "feature_maps": 64,  # channels next to the image; they double where the side halves
     "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
+# Your own images: a folder of them (dataset_type "folder"), or from Python any
+# torch Dataset in the place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step
@@ -41,6 +43,7 @@ trainer_kwargs = {
     "generator_lr": 0.0002,  # Adam's learning rate, the paper's
     "discriminator_lr": 0.0002,  # Adam's learning rate, the paper's
     "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
+    "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: no scores
     "score_features": "classifier",  # inception | classifier; only the first gives the FID
     "output_dir": "cifar10_GAN",  # everything is written there
@@ -50,7 +53,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # continue from checkpoint.pt, with the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
     "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
 }
 
@@ -74,6 +77,8 @@ def check_settings(settings):
     for key in ("generator_lr", "discriminator_lr"):
         common.require(settings[key] > 0, f"{key} must be above 0")
     common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
+    legal = ("auto", "float32", "bfloat16")
+    common.require(settings["precision"] in legal, f"precision must be one of {', '.join(legal)}")
     known = settings["score_features"] in ("inception", "classifier")
     common.require(known, "score_features must be inception or classifier")
 
@@ -105,7 +110,7 @@ class Generator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, z):
-        return self.model(z[:, :, None, None])  # from (N, latent_dim, 1, 1)
+        return self.model(z[:, :, None, None]).float()  # from (N, latent_dim, 1, 1)
 
 
 class Discriminator(nn.Module):
@@ -132,7 +137,7 @@ class Discriminator(nn.Module):
         self.apply(init_weights)
 
     def forward(self, x):
-        return self.model(x).flatten()
+        return self.model(x).flatten().float()
 
 
 def init_weights(module):
@@ -210,6 +215,7 @@ class Trainer:
         generator_lr,
         discriminator_lr,
         ema_decay,
+        precision,
         score_every,
         score_features,
         output_dir,
@@ -217,6 +223,7 @@ class Trainer:
         self.run, self.train = run, train
         self.latent_dim, self.ema_decay = latent_dim, ema_decay
         self.num_epochs, self.folder = num_epochs, Path(output_dir)
+        self.bfloat16 = common.use_bfloat16(precision, train.device)
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
@@ -233,34 +240,43 @@ class Trainer:
         if score_every:
             self.scorer = fid.Scorer(train, test, score_features, num_images=10000)
 
+    def autocast(self):
+        """Inside, the networks compute in bfloat16, if `precision` says so.
+
+        Their weights and logits, the losses and the pictures are float32.
+        """
+        kind = self.train.device.type
+        return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
+
     def step(self, real):
         """One step of D, then one of G. real (N, C, H, W) in [-1, 1]; returns scalars.
 
         On an NVIDIA GPU this is recorded once and replayed: an `if` on a
         counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. The scalars become columns of the
-        history, as means over the epoch's images: for another one, add it to
-        the dict that is returned.
+        first value. Change tensors instead. run.train_step puts the scalars
+        into history.csv, as means over the epoch's images: for another one, add
+        it to the dict that is returned. run.html then shows it.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
-        fake = self.generator(z)  # (N, C, H, W)
-
         # Each half in a pass of its own: batch norm sees one kind of image at
         # a time, as DCGAN's authors advise. Detached images teach only D.
-        real_logits = self.discriminator(real)  # (N,)
-        fake_logits = self.discriminator(fake.detach())  # (N,)
+        with self.autocast():
+            fake = self.generator(z)  # (N, C, H, W)
+            real_logits = self.discriminator(real)  # (N,)
+            fake_logits = self.discriminator(fake.detach())  # (N,)
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        # with torchrun: the mean over all processes; alone it does nothing
+        # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt. `inputs` leaves out the
-        # gradients of D's weights, which nobody needs.
-        g_loss = generator_loss(self.discriminator(fake))
+        # G is judged by the D that has just learnt: a second `autocast`, since
+        # the first keeps the bfloat16 copies that it made of D's old weights.
+        with self.autocast():
+            g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
-        g_loss.backward(inputs=list(self.generator.parameters()))
+        g_loss.backward(inputs=list(self.generator.parameters()))  # D's weights need none
         training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.update_ema()
@@ -303,7 +319,13 @@ class Trainer:
         return self.sample(z)
 
     def fit(self):
-        """Train to num_epochs. If there is a checkpoint, run.epochs loads it and goes on there."""
+        """Train to num_epochs.
+
+        run.epochs loads checkpoint.pt if there is one, and goes on after it.
+        After each epoch it writes history.csv, run.html and checkpoint.pt. It
+        refuses a checkpoint of other settings, but cannot see changed code:
+        then give another --output_dir, or --resume false.
+        """
         run = self.run
         state = {
             "generator": self.generator,
@@ -317,7 +339,8 @@ class Trainer:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here:
+                # A picture every 100 steps goes here; run.step counts the
+                # epoch's steps from 0:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
@@ -368,9 +391,12 @@ def load_generator(weights_path):
 def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of one's own,
-    here or in the dict above. It gives (image, label): a Pillow image or a
-    tensor (C, H, W), uint8 or in [0, 1].
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
+    or in the dict above. It gives (image, label): a Pillow image or a tensor
+    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
+    image is brought to the network's size and channels, a tenth of them is held
+    out for testing, and `dataset.classes`, if there is such a list, names the
+    labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
@@ -387,4 +413,5 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
 
 
 if __name__ == "__main__":
+    # the options of the command line replace values of the dicts
     common.run_script(main, model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs)

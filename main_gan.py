@@ -151,6 +151,14 @@ def mean_distance(images):
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
+def make_adam(network, lr):
+    """Adam with DCGAN's beta1 of 0.5: with 0.9 the two networks swing about each other.
+
+    lr: a tensor. `fused` updates all tensors of the network in one call.
+    """
+    return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999), fused=True)
+
+
 class Trainer:
     """Both networks, their optimisers, and the training loop. train: a common.Images."""
 
@@ -175,22 +183,15 @@ class Trainer:
         self.num_epochs, self.folder = num_epochs, Path(output_dir)
         self.real_label, self.fake_label = real_label, fake_label
         device = train.device
-        self.generator = Generator(latent_variable_size, generator_hidden_size, image_size)
-        self.generator.to(device)
-        self.discriminator = Discriminator(image_size, discriminator_hidden_size).to(device)
+        generator = Generator(latent_variable_size, generator_hidden_size, image_size)
+        discriminator = Discriminator(image_size, discriminator_hidden_size)
+        self.generator, self.discriminator = generator.to(device), discriminator.to(device)
         # tensors on the device, because a CUDA graph would freeze a number
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
-        # beta1 of 0.5 is DCGAN's: with 0.9 the two networks swing about each
-        # other. `fused` updates all tensors of a network in one call.
-        adam = dict(betas=(0.5, 0.999), fused=True)
-        self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=self.generator_lr, **adam
-        )
-        self.discriminator_optimizer = torch.optim.Adam(
-            self.discriminator.parameters(), lr=self.discriminator_lr, **adam
-        )
-        # every picture is drawn from these, so that epochs can be compared
+        self.generator_optimizer = make_adam(self.generator, self.generator_lr)
+        self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
+        # for all pictures, so that epochs can be compared
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
         self.real_distance = mean_distance(real_images)
@@ -214,8 +215,7 @@ class Trainer:
         d_loss = discriminator_loss(real_logits, fake_logits, self.real_label, self.fake_label)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        # With torchrun each process has a batch of its own, and this takes the
-        # mean over all of them. Alone it does nothing.
+        # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 

@@ -253,8 +253,7 @@ class Trainer:
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
-        # With torchrun each process has a batch of its own, and this takes the
-        # mean over all of them. Alone it does nothing.
+        # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.optimizer)
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}

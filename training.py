@@ -77,12 +77,9 @@ class Run:
         require(num_threads >= 0, "num_threads must be at least 1, or 0 for torch's choice")
         require(sample_every >= 1, "sample_every must be at least 1")
         common.seed_everything(seed)
-        self.script = Path(script).stem
-        self.seed = seed
-        self.sample_every = sample_every
-        self.cuda_graph = cuda_graph
-        self.resume = resume
-        self.model_kwargs = model_kwargs
+        self.script, self.model_kwargs = Path(script).stem, model_kwargs
+        self.seed, self.resume = seed, resume
+        self.sample_every, self.cuda_graph = sample_every, cuda_graph
         kind = common.kind_of(dataset_kwargs["dataset_type"])
         self.dataset_kwargs = {**dataset_kwargs, "dataset_type": kind}
         self.settings = {**model_kwargs, **self.dataset_kwargs, **trainer_kwargs}

@@ -6,11 +6,13 @@ run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]
         (on an otherwise idle machine; ten minutes, or one with --quick)
 prints: a table of medians over rounds in which the loops take turns; it is also written to
         throughput.json
-        textbook  DataLoader, ToTensor, Normalize; losses that also compute the gradients nobody
-                  uses; plain Adam; losses read at every step; torch's own number of threads;
-                  float32
+        textbook  a good tutorial's loop, as in github.com/pytorch/examples: DataLoader, ToTensor,
+                  Normalize; one batch of fakes, which D sees detached; plain Adam; losses read at
+                  every step; torch's own number of threads; float32
         script    the script's own loop: run.batches and run.train_step, at its default settings
         bare      Trainer.step on one batch that is there already: the ceiling for any loader
+        fit       what an epoch of the script's `fit` takes beside its steps: measuring, history,
+                  checkpoint, and the pictures of the epochs that have some
         batch     the share of a step that goes into its batch
         memory    the most that a process of its own held while it trained one step
         first     from the command to the end of the first step on the bundled digits, over the
@@ -18,8 +20,10 @@ prints: a table of medians over rounds in which the loops take turns; it is also
                   --quick leaves these three out
 """
 
+import contextlib
 import copy
 import dataclasses
+import io
 import json
 import os
 import statistics
@@ -82,9 +86,9 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def gan_step(trainer):
-    """The textbook's step of main_gan, main_dcgan and main_cgan.
+    """The textbook's step of main_gan, main_dcgan and main_cgan, after pytorch/examples/dcgan.
 
-    D's loss runs back into G, and G's loss into D's weights.
+    D sees the fakes detached; G's loss still computes gradients of D's weights.
     """
     g, d = trainer.generator, trainer.discriminator
     latent_dim = trainer.fixed_z.shape[1]
@@ -98,12 +102,11 @@ def gan_step(trainer):
         n = len(real)
         fake = g(torch.randn(n, latent_dim), *labels)
         real_loss = bce(d(real, *labels), torch.full((n,), real_label))
-        fake_loss = bce(d(fake, *labels), torch.full((n,), fake_label))
+        fake_loss = bce(d(fake.detach(), *labels), torch.full((n,), fake_label))
         d_loss = real_loss + fake_loss
         d_adam.zero_grad()
         d_loss.backward()
         d_adam.step()
-        fake = g(torch.randn(n, latent_dim), *labels)
         g_loss = bce(d(fake, *labels), torch.ones(n))
         g_adam.zero_grad()
         g_loss.backward()
@@ -125,14 +128,14 @@ def wgan_step(trainer):
 
     def step(images):
         for real in images.chunk(trainer.d_steps):
-            fake = g(torch.randn(len(real), latent_dim))
+            fake = g(torch.randn(len(real), latent_dim)).detach()
             epsilon = torch.rand(len(real), 1, 1, 1)
-            mixed = (epsilon * real + (1 - epsilon) * fake.detach()).requires_grad_()
+            mixed = (epsilon * real + (1 - epsilon) * fake).requires_grad_()
             logits = d(mixed)
             ones = torch.ones_like(logits)
             (gradient,) = torch.autograd.grad(logits, mixed, ones, create_graph=True)
             penalty = ((gradient.flatten(1).norm(2, dim=1) - 1) ** 2).mean()
-            d_loss = d(fake).mean() - d(real).mean() + trainer.penalty_weight * penalty
+            d_loss = d(fake).mean() - d(real).mean() + 10.0 * penalty
             d_adam.zero_grad()
             d_loss.backward()
             d_adam.step()
@@ -204,14 +207,17 @@ FLOAT32 = {"precision": "float32"}
 BATCH_16 = {"batch_size": 16}
 GREY = {"image_channels": 1}
 # at full size a step of gan_cub takes a minute
-SMALL = {"feature_maps": 32, "batch_size": 32, "score_images": 0}
+SMALL = {"feature_maps": 32, "batch_size": 32, "score_images": 0, "loss": "wgan-gp"}
+SMALL["sample_every"] = 5  # iterations of an epoch, which are one step
 CASES = {
     "main_gan": Case(main_gan, gan_step, flat, 28, 1, 14, 200),
     "main_vae": Case(main_vae, vae_step, flat, 28, 1, 14, 20),
     "main_vae, float32": Case(main_vae, vae_step, flat, 28, 1, 14, 20, FLOAT32),
     "main_vae, batch 16": Case(main_vae, vae_step, flat, 28, 1, 14, 60, BATCH_16),
     "main_dcgan": Case(main_dcgan, gan_step, alone, 32, 3, 12, 8),
+    "main_dcgan, float32": Case(main_dcgan, gan_step, alone, 32, 3, 12, 8, FLOAT32),
     "main_cgan": Case(main_cgan, gan_step, both, 28, 1, 14, 12, GREY),
+    "main_cgan, float32": Case(main_cgan, gan_step, both, 28, 1, 14, 12, {**GREY, **FLOAT32}),
     "main_ae": Case(main_ae, vae_step, alone, 32, 3, 12, 4),
     "main_ae, float32": Case(main_ae, vae_step, alone, 32, 3, 12, 4, FLOAT32),
     "gan_cub, small": Case(gan_cub, wgan_step, alone, 32, 3, 2, 1, SMALL),
@@ -275,7 +281,38 @@ def batch_loop(case, trainer, images):
             yield
 
 
-LOOPS = {"textbook": textbook_loop, "script": script_loop, "bare": bare_loop, "batch": batch_loop}
+def fit_loop(case, trainer, images):
+    """Yield after each epoch of the script's own `fit`, which is as long as a round.
+
+    Each call of `fit` goes on with the next epoch of one long run.
+    """
+    run, count = trainer.run, case.steps * images.batch_size
+    pixels, labels = images.pixels[:count], images.labels[:count]
+    trainer.train = dataclasses.replace(images, pixels=pixels, labels=labels)
+    if hasattr(trainer, "test"):  # as many as of MNIST and CIFAR-10
+        pixels = trainer.test.pixels.repeat(20, 1, 1, 1)
+        labels = trainer.test.labels.repeat(20)
+        trainer.test = dataclasses.replace(trainer.test, pixels=pixels, labels=labels)
+    all_epochs, started = run.epochs, []
+
+    def next_epoch(train, state, num_epochs, **kwargs):
+        if not started:
+            started.append(all_epochs(train, state, 10**6, **kwargs))
+        yield next(started[0])
+
+    run.epochs = next_epoch
+    trainer.draw_animation = lambda: None  # of main_cgan, once in a run
+    try:
+        while True:
+            with contextlib.redirect_stdout(io.StringIO()):
+                trainer.fit()
+            yield
+    finally:
+        started[0].close()
+
+
+LOOPS = {"textbook": textbook_loop, "script": script_loop, "bare": bare_loop, "fit": fit_loop}
+LOOPS["batch"] = batch_loop
 
 
 def take_turns(case, rounds):
@@ -294,7 +331,7 @@ def take_turns(case, rounds):
             for loop, steps in loops.items():
                 torch.set_num_threads(threads[loop])
                 begun = time.perf_counter()
-                for _ in range(case.steps):
+                for _ in range(1 if loop == "fit" else case.steps):
                     next(steps)
                 took = time.perf_counter() - begun
                 if number:  # the first round warms up
@@ -318,7 +355,12 @@ def measure(case, quick):
     row["textbook / script"] = median_ratio(times["textbook"], times["script"])
     row["bare / script"] = median_ratio(times["bare"], times["script"])
     real_size = {28: 60000, 32: 50000}[case.side]  # images of MNIST, of CIFAR-10
-    row["script, s an epoch"] = row["script, ms"] / 1e3 * real_size / batch_size
+    real_steps = real_size / batch_size
+    row["script, s an epoch"] = row["script, ms"] / 1e3 * real_steps
+    pairs = zip(times["fit"], times["script"])
+    row["fit, s an epoch beside it"] = statistics.median(
+        (fit - steps) * case.steps / 1e3 for fit, steps in pairs
+    )
     if not quick:
         row |= first(case.script)
     row["batch, % of script"] = 100 * median_ratio(times["batch"], times["script"])

@@ -7,6 +7,7 @@ prints: medians over rounds in which the variants take turns; 1.10 means that a 
         trick takes 10 % longer
 """
 
+import dataclasses
 import os
 import statistics
 import sys
@@ -84,6 +85,8 @@ def undo_fused(trainer):
 
 def measure(name, rounds=15):
     case = CASES[name]
+    # the step below is the script's in float32
+    case = dataclasses.replace(case, settings={**case.settings, "precision": "float32"})
     steps = max(1, case.steps // 2)
     undos = ["", *UNDONE]
     if case.script is not main_gan:

@@ -7,6 +7,7 @@ import torch
 import torchvision
 from conftest import dicts_of
 from PIL import Image
+from torch import nn
 
 import common
 import fid
@@ -79,6 +80,7 @@ def test_shapes_at_every_size(size, channels, conditioning, classes):
         ("generator_lr", (0.0,)),
         ("discriminator_lr", (-0.1,)),
         ("ema_decay", (1.0, -0.1)),
+        ("precision", ("half", "float16")),
         ("score_every", (-1,)),
         ("score_features", ("resnet",)),
     ],
@@ -216,7 +218,7 @@ def test_labels_travel_with_their_images(tiny, colours, monkeypatch):
 def obedient(colours, tmp_path_factory):
     """A trainer that has learnt the two colours."""
     settings = dict(batch_size=20, num_epochs=12, sample_every=12, ema_decay=0.9, **colours)
-    settings |= dict(device="cpu", num_threads=1)
+    settings |= dict(device="cpu", num_threads=1, precision="float32")
     settings |= dict(output_dir=str(tmp_path_factory.mktemp("obedient")))
     dicts = dicts_of(main_cgan)
     for kwargs in dicts:
@@ -334,6 +336,51 @@ def test_no_name_beside_the_grid_is_cut_off(tmp_path):
     for row in range(3):  # there is ink beside each row
         top = 24 + row * height // 3
         assert (margin[top : top + height // 3] < 128).any()
+
+
+@pytest.mark.parametrize("conditioning", ["concat", "projection"])
+def test_bfloat16_is_for_the_networks_in_training_alone(conditioning, tiny, colours, tmp_path):
+    """Weights, averages, losses and pictures stay float32, and the history has the same columns."""
+    columns, dtypes = [], []
+    for precision in ("float32", "bfloat16"):
+        settings = dict(precision=precision, num_epochs=1, batch_size=100, **colours)
+        settings["conditioning"] = conditioning
+        folder = tmp_path / precision
+        trainer = main_cgan.main(*tiny(main_cgan, output_dir=str(folder), **settings))
+        columns.append(list(rows(folder)[0]))
+        found = set()
+        networks = (trainer.generator, trainer.ema_generator, trainer.discriminator)
+        for network in networks:
+            assert {p.dtype for p in network.parameters()} == {torch.float32}
+            for module in network.modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    module.register_forward_hook(lambda m, x, y, found=found: found.add(y.dtype))
+        real, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 2
+        values = trainer.step(real, labels)
+        assert {value.dtype for value in values.values()} == {torch.float32}
+        dtypes.append(found.copy())
+        found.clear()
+        assert trainer.sample(trainer.fixed_z, trainer.fixed_labels).dtype == torch.float32
+        assert found == {torch.float32}, "pictures are not rounded"
+    assert columns[0] == columns[1]
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_generator_is_judged_by_the_weights_that_d_has_just_learnt(precision, tiny, colours):
+    settings = dict(precision=precision, num_epochs=0, **colours)
+    trainer = main_cgan.main(*tiny(main_cgan, **settings))
+    trainer.discriminator_lr.fill_(0.02)
+    before, drawn = copy.deepcopy(trainer.discriminator), []
+    trainer.generator.register_forward_hook(lambda _, inputs, output: drawn.append(output))
+    real, labels = torch.rand(8, 3, 16, 16), torch.arange(8) % 2
+    loss = trainer.step(real, labels)["generator loss"].item()
+    with trainer.autocast(), torch.no_grad():
+        by_new = main_cgan.generator_loss(trainer.discriminator(drawn[0], labels)).item()
+        by_old = main_cgan.generator_loss(before(drawn[0], labels)).item()
+    assert drawn[0].dtype == torch.float32
+    assert loss == pytest.approx(by_new, rel=1e-4)
+    assert loss != pytest.approx(by_old, rel=0.01)
 
 
 def test_continued_run_equals_an_uninterrupted_one(tiny, colours, tmp_path):

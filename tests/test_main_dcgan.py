@@ -72,6 +72,7 @@ def test_the_default_networks_are_the_described_ones():
         ("generator_lr", (0.0, -0.1)),
         ("discriminator_lr", (0.0,)),
         ("ema_decay", (1.0, -0.1)),
+        ("precision", ("half", "float16")),
         ("score_every", (-1,)),
         ("score_features", ("resnet",)),
     ],
@@ -219,6 +220,49 @@ def test_samples_are_of_the_averaged_generator_in_eval_mode(tiny, tmp_path):
     assert not torch.allclose(trainer.sample(z), trainer.generator.eval()(z), atol=1e-3)
     with pytest.raises(common.BadInput, match="checkpoint.pt holds no generator"):
         main_dcgan.load_generator(tmp_path / "out" / "checkpoint.pt")
+
+
+def test_bfloat16_is_for_the_networks_in_training_alone(tiny, tmp_path):
+    """Weights, averages, losses and pictures stay float32, and the history has the same columns."""
+    columns, dtypes = [], []
+    for precision in ("float32", "bfloat16"):
+        settings = dict(precision=precision, num_epochs=1, batch_size=100, **SMALL)
+        folder = tmp_path / precision
+        trainer = main_dcgan.main(*tiny(main_dcgan, output_dir=str(folder), **settings))
+        columns.append(list(rows(folder)[0]))
+        found = set()
+        networks = (trainer.generator, trainer.ema_generator, trainer.discriminator)
+        for network in networks:
+            assert {p.dtype for p in network.parameters()} == {torch.float32}
+            for module in network.modules():
+                if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                    module.register_forward_hook(lambda m, x, y, found=found: found.add(y.dtype))
+        real = torch.rand(8, 3, 16, 16)
+        values = trainer.step(real)
+        assert {value.dtype for value in values.values()} == {torch.float32}
+        dtypes.append(found.copy())
+        found.clear()
+        assert trainer.sample(trainer.fixed_z).dtype == torch.float32
+        assert found == {torch.float32}, "pictures are not rounded"
+    assert columns[0] == columns[1]
+    assert dtypes == [{torch.float32}, {torch.bfloat16}]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_the_generator_is_judged_by_the_weights_that_d_has_just_learnt(precision, tiny):
+    settings = dict(precision=precision, num_epochs=0, **SMALL)
+    trainer = main_dcgan.main(*tiny(main_dcgan, **settings))
+    trainer.discriminator_lr.fill_(0.02)
+    before, drawn = copy.deepcopy(trainer.discriminator), []
+    trainer.generator.register_forward_hook(lambda _, inputs, output: drawn.append(output))
+    real = torch.rand(8, 3, 16, 16)
+    loss = trainer.step(real)["generator loss"].item()
+    with trainer.autocast(), torch.no_grad():
+        by_new = main_dcgan.generator_loss(trainer.discriminator(drawn[0])).item()
+        by_old = main_dcgan.generator_loss(before(drawn[0])).item()
+    assert drawn[0].dtype == torch.float32
+    assert loss == pytest.approx(by_new, rel=1e-4)
+    assert loss != pytest.approx(by_old, rel=0.01)
 
 
 def test_continued_run_equals_an_uninterrupted_one(tiny, tmp_path):

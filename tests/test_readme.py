@@ -163,7 +163,7 @@ def test_a_benchmark_takes_steps(name, monkeypatch, capsys):
     monkeypatch.setattr(case, "copies", 1)
     if name == "throughput":
         times, batch_size, threads = throughput.take_turns(case, rounds=1)
-        assert sorted(times) == ["bare", "batch", "script", "textbook"]
+        assert sorted(times) == ["bare", "batch", "fit", "script", "textbook"]
         assert (batch_size, threads) == (16, 1)
         assert times["textbook"][0] > times["batch"][0] > 0
     else:

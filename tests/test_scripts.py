@@ -334,7 +334,7 @@ def test_a_misspelt_key_in_a_dict_is_an_error(name, group, tmp_path, monkeypatch
         script.main(*dicts)
 
 
-@pytest.mark.parametrize("name", ["main_vae", "main_ae", "gan_cub"])
+@pytest.mark.parametrize("name", ["main_dcgan", "main_cgan", "main_vae", "main_ae", "gan_cub"])
 def test_precision_reaches_the_arithmetic(name, tmp_path, monkeypatch, no_curves):
     """The networks' layers return bfloat16 if asked to, and float32 otherwise."""
     script = importlib.import_module(name)
