@@ -57,8 +57,8 @@ def test_a_script_that_is_broken(gpu_check, monkeypatch, capsys):
         return values
 
     monkeypatch.setattr(main_gan.Trainer, "step", broken_step)
-    monkeypatch.setattr(gpu_check, "CASES", {"main_gan": (main_gan, {})})
-    status, rows = check_on_a_cpu(gpu_check, "--only", "graph")
+    monkeypatch.setattr(gpu_check, "CASES", {"main_gan": {}})
+    status, rows = check_on_a_cpu(gpu_check, "--only", "check_graph")
     assert status == 1
     assert [row["pass"] for row in rows] == [False]
     assert "differs by" in rows[0]["seen"]
@@ -67,7 +67,7 @@ def test_a_script_that_is_broken(gpu_check, monkeypatch, capsys):
 
 def test_an_error_is_a_row_that_did_not_pass(gpu_check, monkeypatch):
     monkeypatch.setattr(main_gan.Trainer, "step", lambda *_: 1 / 0)
-    status, rows = check_on_a_cpu(gpu_check, "--only", "graph")
+    status, rows = check_on_a_cpu(gpu_check, "--only", "check_graph")
     assert status == 1
     assert [row["pass"] for row in rows] == [False]
     assert "ZeroDivisionError" in rows[0]["seen"]
