@@ -224,7 +224,8 @@ def check_scorer(check):
     """Scores between epochs, which must not change the training."""
     for name in ["main_dcgan"] if check.quick else ["main_dcgan", "main_cgan", CUB]:
         trainer = check.main(name, "scorer", score_every=1, score_images=2000)
-        scores = [row.get("classifier distance", math.nan) for row in trainer.run.history]
+        history = trainer.run.history
+        scores = [round(row.get("classifier distance", math.nan), 2) for row in history]
         note, good = f", scores {scores}", all(map(math.isfinite, scores))
         check.compare(f"{name}: scored each epoch", trainer, check.plain(name), note, good)
 
