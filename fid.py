@@ -455,7 +455,7 @@ def choose_network(features, train, data_dir, device, resize="clean", weights_pa
 class Scorer:
     """The distance of generated images from the images `train`, for use in training:
 
-        scorer = fid.Scorer(train, test, features="classifier", num_images=10000)
+        scorer = fid.Scorer(train, features="classifier", num_images=10000)
         run.end_epoch(scorer(generate))
 
     generate(index) draws an image for each entry of index (n,), which are numbers below
@@ -466,7 +466,7 @@ class Scorer:
     """
 
     @common.first_process_first()  # the others find what it trains or downloads
-    def __init__(self, train, test, features, num_images):
+    def __init__(self, train, features, num_images):
         self.num_images, self.train = num_images, train
         self.network = choose_network(features, train, train.data_dir, train.device)
         self.name = self.network.metric

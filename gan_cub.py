@@ -399,12 +399,12 @@ def steps_taken(optimizer):
     return optimizer.state[first_parameter]["step"]
 
 
-def make_scorer(train, test, score_features, score_images):
+def make_scorer(train, score_features, score_images):
     """What measures how far generated images are from `train` (see fid.py). None: no scores."""
     if score_images == 0:
         return None
     try:
-        return fid.Scorer(train, test, features=score_features, num_images=score_images)
+        return fid.Scorer(train, features=score_features, num_images=score_images)
     except ValueError as error:  # there is neither Inception nor a class to tell from others
         if score_features != "auto":
             raise
@@ -421,13 +421,12 @@ def refuse_other_score(history, scorer):
 
 
 class Trainer:
-    """The networks, their optimisers, and the training loop. train, test: two common.Images."""
+    """The networks, their optimisers, and the training loop. train: a common.Images."""
 
     def __init__(
         self,
         run,
         train,
-        test,
         *,
         latent_dim,
         feature_maps,
@@ -450,7 +449,7 @@ class Trainer:
         self.d_steps, self.penalty_weight = suit_loss(loss, d_steps, penalty_weight)
         # One call of `step` takes the batches of d_steps iterations at once.
         self.train = dataclasses.replace(train, batch_size=train.batch_size * self.d_steps)
-        self.scorer = make_scorer(train, test, score_features, score_images)
+        self.scorer = make_scorer(train, score_features, score_images)
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
@@ -689,14 +688,14 @@ def main(
     # these two are grey; all others, and the digits that stand in for them,
     # are in colour
     grey = dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist")
-    train, test = common.load_data(
+    train, _ = common.load_data(
         **dataset_kwargs,
         shuffle=True,
         image_channels=1 if grey else 3,
         device=run_kwargs["device"],
     )
     sample_every = run_kwargs["sample_every"]
-    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs, sample_every=sample_every)
+    trainer = Trainer(run, train, **model_kwargs, **trainer_kwargs, sample_every=sample_every)
     trainer.fit()
     return trainer
 

@@ -268,13 +268,12 @@ def make_adam(network, lr):
 
 
 class Trainer:
-    """The networks, their optimisers, and the training loop. train, test: two common.Images."""
+    """The networks, their optimisers, and the training loop. train: a common.Images."""
 
     def __init__(
         self,
         run,
         train,
-        test,
         *,
         latent_dim,
         embedding_dim,
@@ -308,7 +307,7 @@ class Trainer:
         self.real_distances = distance_within_classes(*train.batch(index[: len(train)]))
         self.score_every, self.scorer = score_every, None
         if score_every:
-            self.scorer = fid.Scorer(train, test, score_features, num_images=10000)
+            self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):
         """Inside, the networks compute in bfloat16, if `precision` says so.
@@ -555,14 +554,14 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
         model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
-    train, test = common.load_data(
+    train, _ = common.load_data(
         **dataset_kwargs,
         image_channels=model_kwargs["image_channels"],
         device=run_kwargs["device"],
     )
     sub_folders = "put each class into a sub-folder, or take main_dcgan.py"
     common.require(len(train.class_names) > 1, f"{train.name} has one class; {sub_folders}")
-    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs)
+    trainer = Trainer(run, train, **model_kwargs, **trainer_kwargs)
     trainer.fit()
     return trainer
 

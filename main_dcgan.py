@@ -200,13 +200,12 @@ def make_adam(network, lr):
 
 
 class Trainer:
-    """The networks, their optimisers, and the training loop. train, test: two common.Images."""
+    """The networks, their optimisers, and the training loop. train: a common.Images."""
 
     def __init__(
         self,
         run,
         train,
-        test,
         *,
         latent_dim,
         feature_maps,
@@ -238,7 +237,7 @@ class Trainer:
         self.real_distance = mean_distance(real_images)
         self.score_every, self.scorer = score_every, None
         if score_every:
-            self.scorer = fid.Scorer(train, test, score_features, num_images=10000)
+            self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):
         """Inside, the networks compute in bfloat16, if `precision` says so.
@@ -402,12 +401,12 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
         model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
-    train, test = common.load_data(
+    train, _ = common.load_data(
         **dataset_kwargs,
         image_channels=model_kwargs["image_channels"],
         device=run_kwargs["device"],
     )
-    trainer = Trainer(run, train, test, **model_kwargs, **trainer_kwargs)
+    trainer = Trainer(run, train, **model_kwargs, **trainer_kwargs)
     trainer.fit()
     return trainer
 

@@ -110,7 +110,7 @@ def score_twice(folder):
     times = []
     for _ in range(2):
         start = time.perf_counter()
-        scorer = fid.Scorer(train, test, features="classifier", num_images=1000)
+        scorer = fid.Scorer(train, features="classifier", num_images=1000)
         times.append(time.perf_counter() - start)
     start = time.perf_counter()
     scorer(lambda index: torch.rand(len(index), 784) * 2 - 1)

@@ -602,7 +602,7 @@ def test_code_of_others_is_not_imported(tmp_path, monkeypatch):
 
 def test_scoring_in_training_leaves_the_random_numbers_alone(digits):
     train, test = digits
-    scorer = fid.Scorer(train, test, features="classifier", num_images=300)
+    scorer = fid.Scorer(train, features="classifier", num_images=300)
     assert scorer.name == "classifier distance" and scorer.num_images == 300
     asked = []
 
@@ -627,7 +627,7 @@ def test_scoring_in_training_leaves_the_random_numbers_alone(digits):
 
 def test_the_scorer_s_distance_is_the_frechet_distance_of_the_features(digits):
     train, test = digits
-    scorer = fid.Scorer(train, test, features="classifier", num_images=500)
+    scorer = fid.Scorer(train, features="classifier", num_images=500)
     wanted = []
     for images in (train, test):
         features = scorer.network.compute(images.pixels).double().numpy()
@@ -641,10 +641,10 @@ def test_the_scorer_takes_the_classifier_where_inception_cannot_be_had(
 ):
     missing = quick / "no such server" / "pt_inception-2015-12-05-6726825d.pth"
     monkeypatch.setattr(fid, "INCEPTION", missing.as_uri())
-    assert fid.Scorer(*digits, features="auto", num_images=9).name == "classifier distance"
+    assert fid.Scorer(digits[0], features="auto", num_images=9).name == "classifier distance"
     assert "WARNING: NO FID" in capsys.readouterr().err
     with pytest.raises(common.BadInput, match="could not be downloaded"):
-        fid.Scorer(*digits, features="inception", num_images=9)
+        fid.Scorer(digits[0], features="inception", num_images=9)
 
 
 def test_neighbours_show_memorised_images(digits, tmp_path):
