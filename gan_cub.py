@@ -13,7 +13,7 @@ run:    python gan_cub.py                       (any key below is an option: --l
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv,
         run.html (open it to watch: pictures and curves),
         checkpoint.pt (the same command continues from it),
-        weights_iteration_{I}.pt and weights_best.pt (for sampling);
+        weights_iteration_{I}.pt and weights_best.pt, of the best score (for sampling);
         an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
 expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations,
         seed 0, bfloat16; classifier distance at the end, N 2,000: gan 1070, lsgan 636,
@@ -55,7 +55,7 @@ trainer_kwargs = {
     "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: what suits the loss
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
     "penalty_weight": -1.0,  # of the penalty on D's gradient; 0: none; -1: what suits the loss
-    "ema_decay": 0.999,  # pictures, weights and scores are of G averaged over 1000 steps; 0: of G
+    "ema_decay": 0.999,  # pictures, weights, scores: of G averaged over 1000 of its steps; 0: of G
     "precision": "auto",  # auto | float32 | bfloat16; auto is bfloat16 where that is fast
     "score_features": "auto",  # inception (the FID) | classifier | auto: the first if it can be had
     "score_images": 10000,  # generated images that a score is taken of; 0 leaves the scores out
@@ -288,7 +288,10 @@ def gan_generator_loss(fake_logits):
 
 
 def lsgan_discriminator_loss(real_logits, fake_logits):
-    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit; Mao et al., eq. (2) with a = 0, b = 1."""
+    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit; Mao et al., eq. (2) with a = 0, b = 1.
+
+    It is 1/4 where D is 1/2 everywhere, so cannot tell.
+    """
     real_loss = F.mse_loss(real_logits, torch.ones_like(real_logits))
     fake_loss = F.mse_loss(fake_logits, torch.zeros_like(fake_logits))
     return 0.5 * real_loss + 0.5 * fake_loss
@@ -322,8 +325,8 @@ def r3gan_discriminator_loss(real_logits, fake_logits):
 def r3gan_generator_loss(real_logits, fake_logits):
     """softplus(D(x) - D(G(z))): the same pairs, told the other way round.
 
-    It is the non-saturating form of Huang et al., eq. (2), in which f = -log
-    sigmoid; mean over the pairs.
+    It is the non-saturating form of Huang et al., eq. (2), where their f(t)
+    is -softplus(-t); mean over the pairs.
     """
     return F.softplus(real_logits - fake_logits).mean()
 
@@ -454,7 +457,7 @@ class Trainer:
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
         # The rate is a tensor on the device, since a CUDA graph would freeze
-        # a Python number.
+        # a Python number. A continued run fills this very tensor.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
@@ -504,8 +507,8 @@ class Trainer:
             z = torch.randn(len(real), self.latent_dim, device=real.device)
             fake = self.generator(z)  # (N, C, H, W)
 
-        # D sees both halves in one pass, which is safe because it has no
-        # batch norm.
+        # D sees both halves in one pass: that is faster, and safe because it
+        # has no batch norm.
         images = torch.cat([real, fake]).requires_grad_()  # (2N, C, H, W); for R1 and R2
         logits = self.discriminator(images)  # (2N,)
         real_logits, fake_logits = logits.chunk(2)  # (N,) each
@@ -624,7 +627,7 @@ class Trainer:
         self.draw_curves(history)
 
     def draw(self, number):
-        """Write a hundred samples, and a plane through the latent space of the first of them."""
+        """Write a hundred samples, and the first of them with its first two latents swept."""
         samples = self.sample(self.fixed_z)
         common.save_grid(samples, self.folder / f"samples_{number}.png", columns=10)
         values = torch.linspace(-1, 1, 10, device=self.train.device)

@@ -226,7 +226,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # tensors on the device, because a CUDA graph would freeze a number
+        # Tensors on the device, because a CUDA graph would freeze a number.
+        # A continued run fills these very tensors, so they can be changed.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)

@@ -186,7 +186,8 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # tensors on the device, because a CUDA graph would freeze a number
+        # Tensors on the device, because a CUDA graph would freeze a number.
+        # A continued run fills these very tensors, so they can be changed.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
