@@ -325,8 +325,8 @@ def r3gan_discriminator_loss(real_logits, fake_logits):
 def r3gan_generator_loss(real_logits, fake_logits):
     """softplus(D(x) - D(G(z))): the same pairs, told the other way round.
 
-    It is the non-saturating form of Huang et al., eq. (2), where their f(t)
-    is -softplus(-t); mean over the pairs.
+    It is the non-saturating form of Huang et al., eq. (2): not D's loss with
+    its sign changed. Mean over the pairs.
     """
     return F.softplus(real_logits - fake_logits).mean()
 
