@@ -1,4 +1,4 @@
-"""The commands, snippets, links and pictures of README.md and docs/ are all good.
+"""The commands, snippets, links and pictures of README.md, docs/ and data/ are all good.
 
 Every command is parsed by the script that it names, and its values are checked. One command of
 each script is also run, with options behind it that make it small.
@@ -22,7 +22,7 @@ import common
 import fid
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data" / "README.md"]
 TRAINING = ["main_gan", "main_dcgan", "main_cgan", "main_vae", "main_ae", "gan_cub"]
 ANALYSIS = ["latent_space_interpolation", "latent_space_vae", "detect_vae_anomalies", "fid"]
 # options of other programs than the scripts
