@@ -9,6 +9,7 @@ import itertools
 import os
 import pickle
 import pty
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -54,6 +55,14 @@ SHARED = {
     "precision": "float32",
     "output_dir": "out",
 }
+
+
+def find_browser():
+    """Chromium on PATH, or None. On a machine that ought to have it, CI_BROWSER is set."""
+    for name in ("chromium", "chromium-browser", "google-chrome"):
+        if shutil.which(name):
+            return shutil.which(name)
+    return None
 
 
 def keys_of(script):

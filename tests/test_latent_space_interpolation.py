@@ -25,6 +25,7 @@ FILES = {
     "latent_space_interpolation.png",
     "latent_space_interpolation.csv",
     "latent_space_walk.gif",
+    "latent_space.html",
 }
 SMALL = {
     "dataset_type": "digits",

@@ -5,14 +5,13 @@ import json
 import os
 import re
 import select
-import shutil
 import subprocess
 import time
 
 import numpy as np
 import pytest
 import torch
-from helpers import dicts_of, run_here
+from helpers import dicts_of, find_browser, run_here
 from PIL import Image
 
 import common
@@ -22,14 +21,6 @@ import main_gan
 import main_vae
 
 FILES = {"latents_space_2d.png", "latents_space_2d.html", "latents_space_2d.csv"}
-
-
-def find_browser():
-    """Chromium on PATH, or None. On a machine that ought to have it, CI_BROWSER is set."""
-    for name in ("chromium", "chromium-browser", "google-chrome"):
-        if shutil.which(name):
-            return shutil.which(name)
-    return None
 
 
 SMALL = {
