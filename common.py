@@ -218,11 +218,16 @@ def write(path, content):
 
 
 def fill_page(name, data):
-    """A page of pages/ with `data` in it, as bytes. NaN becomes null."""
-    template = Path(__file__).parent / "pages" / name
+    """A page of pages/ with `data`, and where it asks for it network.js, in it, as bytes.
+
+    NaN becomes null.
+    """
+    pages = Path(__file__).parent / "pages"
+    template = (pages / name).read_text(encoding="utf-8")
+    network = (pages / "network.js").read_text(encoding="utf-8")
     plain = json.loads(json.dumps(data), parse_constant=lambda number: None)
     text = json.dumps(plain).replace("<", "\\u003c")  # no name can end the script element
-    return template.read_text(encoding="utf-8").replace("@DATA@", text).encode()
+    return template.replace("@NETWORK@", network).replace("@DATA@", text).encode()
 
 
 def save_tensors(path, contents):
@@ -263,7 +268,10 @@ def load_weights(path, script, part):
 
 
 def newest_weights(part=None):
-    """The newest weights_*.pt that holds `part` (None: any), in the folders of the current one."""
+    """The newest weights_*.pt that holds `part` (None: any), in the folders of the current one.
+
+    Where there is none it is a copy of weights/main_vae.pt, which comes with the collection.
+    """
     files = [*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")]
     for path in sorted(files, key=os.path.getmtime, reverse=True):
         try:
@@ -271,8 +279,11 @@ def newest_weights(part=None):
             return str(path)
         except BadInput:
             continue  # of another kind, old or damaged
-    wanted = f" with {part}" if part else ""
-    raise BadInput(f"no folder here holds a weights_*.pt{wanted}; train first")
+    shipped = Path(__file__).parent / "weights" / "main_vae.pt"
+    copy = "shipped_VAE/weights_main_vae.pt"
+    warn(f"nothing was trained here: taking the collection's own weights, as {copy}")
+    write(copy, shipped.read_bytes())
+    return copy
 
 
 def script_of(weights):
@@ -508,7 +519,8 @@ def load_again(weights, data_dir, device, exclude_class=-1):
     """(train, test) that these weights were trained on, in the same shape and range.
 
     data_dir "": where the data lay then. A class that was left out is there again, unless
-    exclude_class says otherwise. Nothing else ever stands in. Raises BadInput.
+    exclude_class says otherwise. Nothing else stands in, but for weights that come with
+    the collection the bundled digits do. Raises BadInput.
     """
     data, kwargs = weights["data"], weights["dataset_kwargs"]
     kind = data["dataset_type"]
@@ -522,7 +534,7 @@ def load_again(weights, data_dir, device, exclude_class=-1):
         image_size=size,
         normalize=data["normalize"],
         jpeg_quality=kwargs.get("jpeg_quality", 0),
-        allow_fallback=False,
+        allow_fallback=weights.get("shipped", False),
         exclude_class=exclude_class,
         device=device,
     )

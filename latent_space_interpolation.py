@@ -15,7 +15,6 @@ expect: main_vae on MNIST, 50 epochs: the mean step is 1.27 times a cross-fade's
 
 import base64
 import io
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +38,6 @@ picture_kwargs = {
     "seed": 0,  # of the points
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
 }
-PAGES = Path(__file__).parent / "pages"
 MOST_BYTES = 8_000_000  # of the page; a larger one takes 8 bits a weight instead of 16
 
 
@@ -454,8 +452,6 @@ def rounded(tensor):
 
 def save_page(artist, seed, path):
     """Write the page, unless the network has a layer that cannot run there: then a warning."""
-    template = (PAGES / "latent_space.html").read_text(encoding="utf-8")
-    template = template.replace("@NETWORK@", (PAGES / "network.js").read_text(encoding="utf-8"))
     data = page_data(artist, seed)
     for bits in (16, 8):
         weights = Weights(bits)
@@ -466,8 +462,7 @@ def save_page(artist, seed, path):
             return
         data["weights"] = base64.b64encode(weights.data).decode()
         data["bits"] = bits
-        text = json.dumps(data).replace("<", "\\u003c")  # no name can end the script element
-        page = template.replace("@DATA@", text).encode()
+        page = common.fill_page("latent_space.html", data)
         if len(page) < MOST_BYTES:
             break
     common.write(path, page)

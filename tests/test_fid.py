@@ -699,7 +699,6 @@ def test_other_images_under_the_same_name_are_measured_anew(digits, tmp_path):
         (["--generated", "nowhere:test"], "dataset_type must be one of mnist"),
         (["--generated", "none.pt"], "there is no file none.pt"),
         (["--generated", "empty"], "empty holds 0 images; two are the least"),
-        ([], "no folder here holds a weights_*.pt; train first"),
     ],
 )
 def test_command_line_refuses_in_one_line(options, words, tmp_path, monkeypatch, capsys):

@@ -373,7 +373,6 @@ def test_without_a_path_the_newest_weights_of_either_kind_are_taken(
 @pytest.mark.parametrize(
     "options, words",
     [
-        ([], "no folder here holds a weights_*.pt"),
         (["--weights_path", "none.pt"], "there is no file none.pt"),
         (["--weights_path", "odd.pt"], "odd.pt was not written by this collection"),
         (["--rows", "0"], "rows must be at least 1"),

@@ -530,7 +530,6 @@ def drive(browser, data):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ([], "no folder here holds a weights_*.pt with encoder; train first"),
         (["--weights_path", "out/weights_epoch_1.pt"], "weights_epoch_1.pt holds no encoder"),
         (
             ["--weights_path", "line/weights_epoch_1.pt"],

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from helpers import dicts_of, find_browser
+from helpers import ROOT, dicts_of, find_browser
 from PIL import Image
 from torch import nn
 
@@ -244,7 +244,7 @@ def test_every_layer_of_the_page_is_torchs(artist_of, visit):
 
 def layers_of_the_page():
     """The names of the layers in pages/network.js."""
-    text = (walks.PAGES / "network.js").read_text(encoding="utf-8")
+    text = (ROOT / "pages" / "network.js").read_text(encoding="utf-8")
     return re.search(r"LAYERS = \{(.*?)\}", text, re.DOTALL)[1]
 
 
