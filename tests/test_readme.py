@@ -256,7 +256,8 @@ def trained(tmp_path_factory):
         if not results.exists():
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(folder)
-                run_shortened(f"{commands_of(script)[0]} --output_dir {results}")
+                alone = [one for one in commands_of(script) if "--experiment" not in one]
+                run_shortened(f"{alone[0]} --output_dir {results}")
             for path, writer in writers().items():
                 if writer == script:
                     (folder / path).parent.mkdir(exist_ok=True)
