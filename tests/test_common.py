@@ -86,7 +86,7 @@ def test_same_seed_same_bytes_and_another_seed_others(gan, here):
         os.chdir(here / folder)  # the folder's name is among the settings that are saved
         gan(seed=seed)
     one, two, other = (files(here / folder / "out") for folder in ("one", "two", "other"))
-    assert len(one) == 6 and one == two
+    assert len(one) == 7 and one == two
     assert not set(one.values()) & set(other.values())
 
 

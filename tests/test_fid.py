@@ -663,7 +663,7 @@ def test_neighbours_show_memorised_images(digits, tmp_path):
     real = fid.measure(train, network, len(train), 500)
     fid.save_neighbours(tmp_path / "n.png", real, fake)
     with Image.open(tmp_path / "n.png") as file:
-        picture = np.asarray(file.convert("L"))
+        picture = np.asarray(file.convert("L"))[::2, ::2]  # it is enlarged to twice the size
     assert picture.shape == (8 * 58 + 2, 8 * 58 + 2)  # eight columns, 2 pixels between
     seen = []
     for left in (2, 60):  # the copies come first, each above its original

@@ -682,7 +682,7 @@ class GivenScores:
     name, num_images = "FID", 20
     scores = []
 
-    def __init__(self, train, test, features, num_images):
+    def __init__(self, train, features, num_images):
         self.scores = list(GivenScores.scores)
 
     def __call__(self, generate):
@@ -723,7 +723,7 @@ def test_a_run_that_was_scored_otherwise_is_not_continued(tmp_path, monkeypatch)
 
 
 def test_only_auto_goes_on_without_scores(tmp_path, monkeypatch, capsys):
-    def impossible(train, test, features, num_images):
+    def impossible(train, features, num_images):
         raise common.BadInput("there are no classes")
 
     monkeypatch.setattr(fid, "Scorer", impossible)
