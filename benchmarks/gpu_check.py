@@ -59,7 +59,7 @@ TINY |= {"d_steps": 1, "num_iterations": 8, "sample_every": 4}
 plain_train_step = training.Run.train_step
 ANALYSES = {  # name: (the kinds of files it writes, options, options on a CPU)
     "latent_space_interpolation": (".csv .gif .png", {}, {"rows": 2, "steps": 3, "frames": 2}),
-    "latent_space_vae": (".csv .html .png", {}, {"cells": 3}),
+    "latent_space_vae": (".csv .html .png", {}, {"num_points": 300}),
     "detect_vae_anomalies": (".csv .png", {"other_data": "none"}, {"bootstrap": 20}),
     "fid": (".json .png", {"features": "classifier"}, {"num_images": 300}),
 }
