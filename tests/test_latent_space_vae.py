@@ -317,14 +317,12 @@ class Browser:
         self.session = {"sessionId": session}
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
-        self.call(
-            "Emulation.setDeviceMetricsOverride",
-            width=1000,
-            height=700,
-            deviceScaleFactor=1,
-            mobile=False,
-        )
+        self.resize(1000)
         self.call("Emulation.setTouchEmulationEnabled", enabled=True)
+
+    def resize(self, width):
+        size = dict(width=width, height=700, deviceScaleFactor=1, mobile=False)
+        self.call("Emulation.setDeviceMetricsOverride", **size)
 
     def visit(self, path):
         """Open a page; what the former one told and asked for is forgotten."""
@@ -556,6 +554,231 @@ def drive(browser, data, networks):
     browser.touch("Move", (430, 310))
     browser.touch("End")
     assert np.abs(np.array(browser.place(i)) - (a + 30, b + 10)).max() < 1
+
+
+def liven(path):
+    """Give every layer of these weights something to do, as if they had been trained for long.
+
+    The latents then spread widely, and no mean is the same for every image.
+    """
+    weights = torch.load(path, weights_only=True)
+    for part in ("encoder", "decoder"):
+        for tensor in weights[part].values():
+            if tensor.ndim > 1:
+                tensor.copy_(torch.randn(tensor.shape) * (2 / tensor[0].numel()) ** 0.5)
+            else:
+                tensor.add_(0.1 * torch.randn(tensor.shape))
+    torch.save(weights, path)
+    return path
+
+
+MODELS = {
+    "main_vae": (main_vae, dict(latent_dim=6)),
+    "grey": (main_ae, dict(latent_dim=5, image_channels=1)),
+    "colour": (main_ae, dict(latent_dim=7, image_size=16)),
+}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """made(name) -> (weights, path of the page, test images) of a small model; made once."""
+    known = {}
+
+    def make(name):
+        if name not in known:
+            folder = tmp_path_factory.mktemp(name)
+            script, settings = MODELS[name]
+            # one small step, and no pictures: they take time, and none is looked at
+            with pytest.MonkeyPatch.context() as patch:
+                batches = [torch.arange(40)]
+                patch.setattr(common.Images, "epoch_batches", lambda *_, **__: batches)
+                patch.setattr(common, "save_curves", lambda *_: None)
+                patch.setattr(common, "save_grid", lambda *_, **__: None)
+                patch.setattr(page, "save_scatter", lambda *_: None)
+                path = liven(train(script, folder, **settings))
+                look(path, num_points=30)
+            _, test = common.load_again(torch.load(path, weights_only=True), "", "cpu")
+            known[name] = path, folder / "latents_space_2d.html", test
+        return known[name]
+
+    return make
+
+
+def stroke(browser, *places):
+    """A line in the box with the mouse's button down; places in parts of the box's side."""
+    corner = "['x', 'y', 'width'].map(key => box.getBoundingClientRect()[key])"
+    browser.js("box.scrollIntoView()")
+    x, y, side = browser.js(corner)
+    for i, (across, down) in enumerate(places):
+        kind = "Moved" if i else "Pressed"
+        at = x + across * side, y + down * side
+        browser.mouse(kind, *at, button="left", buttons=1)
+    browser.mouse("Released", *at, button="left")
+    browser.rest_of_work()
+
+
+def own(browser):
+    """(pixels as the networks' images, mu, place, error) of the user's own image."""
+    parts = "[own.pixels, own.latent, own.place].map(part => Array.from(part))"
+    pixels, mu, place = browser.js(parts)
+    pixels = torch.tensor(pixels).view(*browser.js("[height, width, channels]"))
+    return pixels.permute(2, 0, 1)[None], mu, place, browser.js("own.error")
+
+
+@needs_browser
+@pytest.mark.parametrize("name", MODELS)
+def test_the_networks_of_the_page_are_torchs(name, made, browser):
+    path, html, test = made(name)
+    script, _ = MODELS[name]
+    encoder, decoder = script.load_model(path)
+    browser.visit(html)
+    x, _ = test.batch(torch.arange(3))
+    z = torch.randn(3, encoder.fc_mean.out_features)
+    with torch.no_grad():
+        mu, _ = encoder(x)
+        drawn = decoder.sample(z).view(x.shape)
+    drawn = (drawn + 1) / 2 if test.normalize else drawn
+    pixels = test.pixels[:3].permute(0, 2, 3, 1).flatten(1) / 255
+    encode = "explore.encode({}).then(values => Array.from(values))"
+    found = np.array([browser.js(encode.format(image.tolist())) for image in pixels])
+    # a weight of 16 bits is off by up to 2^-11 of itself, 5e-4, and such errors cancel in sums
+    assert np.abs(found - mu.numpy()).max() < 5e-3 * np.abs(mu.numpy()).max()
+    draw = "explore.draw({}).then(values => Array.from(values))"
+    found = np.array([browser.js(draw.format(one.tolist())) for one in z])
+    wanted = drawn.permute(0, 2, 3, 1).flatten(1).numpy()
+    assert wanted.std() > 0.05  # these are no grey pictures, which would hide every mistake
+    assert np.abs(found - wanted).max() < 1 / 255
+    browser.check_quiet()
+
+
+@needs_browser
+@pytest.mark.parametrize("name", ["main_vae", "grey"])
+def test_a_drawing_is_centred_encoded_and_judged(name, made, browser):
+    path, html, test = made(name)
+    script, _ = MODELS[name]
+    encoder, decoder = script.load_model(path)
+    browser.visit(html)
+    data = read(html)
+    assert "95 % of the test images" in browser.js("verdict()")
+    stroke(browser, (0.1, 0.1), (0.1, 0.4), (0.2, 0.4))
+    x, mu, place, error = own(browser)
+    ink = x[0, 0].numpy()
+    side = len(ink)
+    rows, columns = np.nonzero(ink > 0.02)
+    assert np.ptp(rows) + 1 in (20, 21)  # a height that fills the square, between two pixels too
+    middle = np.arange(side) + 0.5
+    assert (ink.sum(0) @ middle / ink.sum()) == pytest.approx(side / 2, abs=0.1)
+    assert (ink.sum(1) @ middle / ink.sum()) == pytest.approx(side / 2, abs=0.1)
+    assert ink[:, : columns.min() + 2].sum() > 3 * ink[:, columns.max() - 2 :].sum()  # an L
+    with torch.no_grad():
+        wanted, _ = encoder(x)
+        output = decoder(torch.tensor([mu]))
+        loss = script.reconstruction_loss(output.flatten(1), x.flatten(1))
+        if name == "grey":
+            loss = script.reconstruction_loss(output, x)
+    assert np.allclose(mu, wanted[0], rtol=0.01, atol=0.01 * wanted.abs().max())
+    on_plane = np.array(data["axes"]) @ (np.array(mu) - data["mean"])
+    assert np.allclose(place, on_plane, rtol=1e-4)
+    assert error == pytest.approx(loss.item(), rel=2e-3)
+    rebuilt = browser.seen("document.getElementById('own_rebuilt')")
+    assert np.abs(rebuilt - output.sigmoid().view(side, side).numpy() * 255).max() < 2
+    # the same stroke, smaller and elsewhere, is the same image
+    first = ink
+    browser.js("document.getElementById('clear').click()")
+    browser.rest_of_work()
+    assert browser.js("own") is None
+    stroke(browser, (0.6, 0.5), (0.6, 0.65), (0.65, 0.65))
+    assert np.abs(own(browser)[0][0, 0].numpy() - first).max() < 0.2
+    # keys: a second stroke is taken back, and Delete clears
+    before = own(browser)[1]
+    stroke(browser, (0.1, 0.1))
+    assert own(browser)[1] != before
+    browser.js("box.focus()")
+    browser.key("Backspace")
+    browser.rest_of_work()
+    assert own(browser)[1] == before
+    browser.key("Delete")
+    browser.rest_of_work()
+    assert browser.js("own") is None
+    browser.check_quiet()
+
+
+@needs_browser
+def test_the_mark_and_the_verdict_of_a_drawing(made, browser):
+    path, html, _ = made("main_vae")
+    browser.visit(html)
+    stroke(browser, (0.3, 0.2), (0.7, 0.2), (0.4, 0.8))
+    # a threshold just above its error, and one just below
+    error, judged = browser.js("own.error"), "verdict()"
+    browser.js("globalThis.given = data.threshold; data.threshold = own.error + 1")
+    words = f"error {error:.1f}, below the threshold {error + 1:.1f}: it would pass as a digit"
+    assert browser.js(judged) == words
+    browser.js("data.threshold = own.error - 1")
+    words = f"error {error:.1f}, above the threshold {error - 1:.1f}: it would be called an anomaly"
+    assert browser.js(judged) == words
+    browser.js("data.threshold = given")
+    assert browser.js("document.getElementById('verdict').textContent") == browser.js(judged)
+    assert browser.js("bins.reduce((sum, one) => sum + one)") >= 0.99 * browser.js(
+        "data.errors.length"
+    )
+    # the mark is drawn at its place, is in the window, and can be pointed at
+    corner = browser.js("['x', 'y'].map(key => plane.getBoundingClientRect()[key])")
+    x, y = browser.js("toScreen(own.place)")
+    assert 0 <= x <= browser.js("plane.clientWidth")
+    assert 0 <= y <= browser.js("plane.clientHeight")
+    seen = browser.seen("plane")
+    assert (seen[round(y) - 16 : round(y) + 17, round(x) - 16 : round(x) + 17] == 0).any()
+    browser.mouse("Moved", corner[0] + x, corner[1] + y)
+    browser.rest_of_work()
+    assert browser.js("said.textContent").startswith("yours, at ")
+    assert browser.js("Array.from(explore.latent)") == browser.js("Array.from(own.latent)")
+    shown = own(browser)[0][0, 0].numpy() * 255
+    assert np.abs(browser.seen("left") - shown).max() < 1
+
+
+@needs_browser
+def test_a_colour_model_takes_an_image_from_a_file(made, browser):
+    path, html, test = made("colour")
+    encoder, decoder = main_ae.load_model(path)
+    browser.visit(html)
+    assert browser.js("box.hidden") and not browser.js("document.getElementById('chooser').hidden")
+    buffer = io.BytesIO()
+    pixels = test.pixels[7].permute(1, 2, 0).numpy()
+    wide = np.pad(pixels, ((0, 0), (8, 8), (0, 0)))  # its middle square is the image
+    Image.fromarray(wide).save(buffer, "PNG")
+    browser.js(f"""(() => {{
+        const file = document.getElementById("file"), chosen = new DataTransfer();
+        const bytes = Uint8Array.from({list(buffer.getvalue())});
+        chosen.items.add(new File([bytes], "a.png", {{type: "image/png"}}));
+        file.files = chosen.files;
+        file.dispatchEvent(new Event("change"));
+    }})()""")
+    end = time.monotonic() + 20
+    while browser.js("own") is None and time.monotonic() < end:
+        time.sleep(0.02)
+    x, mu, place, error = own(browser)
+    assert (x[0] * 255 - test.pixels[7]).abs().max() < 0.01
+    with torch.no_grad():
+        wanted, _ = encoder(2 * x - 1)
+        loss = main_ae.reconstruction_loss(decoder(torch.tensor([mu])), 2 * x - 1).item()
+    assert np.allclose(mu, wanted[0], rtol=0.01, atol=0.005 * wanted.abs().max())
+    assert error == pytest.approx(loss, rel=2e-3)
+    browser.check_quiet()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1000, 400])
+def test_everything_fits_into_the_window_and_has_a_name(width, made, browser):
+    browser.visit(made("main_vae")[1])
+    browser.resize(width)
+    try:
+        assert browser.js("document.documentElement.scrollWidth") <= width
+        controls = "[...document.querySelectorAll('button, input, #plane, #box')].filter(one => "
+        controls += "one.offsetParent && !one.ariaLabel && !one.labels?.[0]?.innerText"
+        assert browser.js(f"{controls} && !one.innerText).map(one => one.id)") == []
+        assert browser.js("Math.max(...[box, plane].map(one => one.offsetWidth))") <= width
+    finally:
+        browser.resize(1000)
 
 
 @pytest.mark.parametrize(
