@@ -707,6 +707,7 @@ def test_a_drawing_is_centred_encoded_and_judged(name, made, browser):
 def test_the_mark_and_the_verdict_of_a_drawing(made, browser):
     path, html, _ = made("main_vae")
     browser.visit(html)
+    browser.js("Object.assign(view, {x: low[0], y: low[1], scale: 200 * fitting()})")
     stroke(browser, (0.3, 0.2), (0.7, 0.2), (0.4, 0.8))
     # a threshold just above its error, and one just below
     error, judged = browser.js("own.error"), "verdict()"
@@ -721,19 +722,25 @@ def test_the_mark_and_the_verdict_of_a_drawing(made, browser):
     assert browser.js("bins.reduce((sum, one) => sum + one)") >= 0.99 * browser.js(
         "data.errors.length"
     )
-    # the mark is drawn at its place, is in the window, and can be pointed at
+    # the mark is drawn at its place, is in the window again, and can be pointed at
     corner = browser.js("['x', 'y'].map(key => plane.getBoundingClientRect()[key])")
     x, y = browser.js("toScreen(own.place)")
     assert 0 <= x <= browser.js("plane.clientWidth")
     assert 0 <= y <= browser.js("plane.clientHeight")
-    seen = browser.seen("plane")
-    assert (seen[round(y) - 16 : round(y) + 17, round(x) - 16 : round(x) + 17] == 0).any()
+    along = browser.seen("plane")[round(y), round(x) :]  # from its middle to the right
+    assert along[12] == along[18] == 255  # the white edges of its ring
+    assert along[15] == 0
     browser.mouse("Moved", corner[0] + x, corner[1] + y)
     browser.rest_of_work()
     assert browser.js("said.textContent").startswith("yours, at ")
     assert browser.js("Array.from(explore.latent)") == browser.js("Array.from(own.latent)")
     shown = own(browser)[0][0, 0].numpy() * 255
     assert np.abs(browser.seen("left") - shown).max() < 1
+    # a mark that lies far from all others is brought into the window too
+    browser.js("globalThis.far = [3 * high[0] - 2 * low[0], low[1]]; makeRoomFor(far)")
+    x, y = browser.js("toScreen(far)")
+    assert 0 <= x <= browser.js("plane.clientWidth")
+    assert 0 <= y <= browser.js("plane.clientHeight")
 
 
 @needs_browser
