@@ -641,13 +641,13 @@ def test_the_networks_of_the_page_are_torchs(name, made, browser):
     pixels = test.pixels[:3].permute(0, 2, 3, 1).flatten(1) / 255
     encode = "explore.encode({}).then(values => Array.from(values))"
     found = np.array([browser.js(encode.format(image.tolist())) for image in pixels])
-    # a weight of 16 bits is off by up to 2^-11 of itself, 5e-4, and such errors cancel in sums
-    assert np.abs(found - mu.numpy()).max() < 5e-3 * np.abs(mu.numpy()).max()
+    # a weight of 16 bits is off by up to 2^-11 of itself, and so are sums of a few layers
+    assert np.abs(found - mu.numpy()).max() < 2e-3 * np.abs(mu.numpy()).max()
     draw = "explore.draw({}).then(values => Array.from(values))"
     found = np.array([browser.js(draw.format(one.tolist())) for one in z])
     wanted = drawn.permute(0, 2, 3, 1).flatten(1).numpy()
     assert wanted.std() > 0.05  # these are no grey pictures, which would hide every mistake
-    assert np.abs(found - wanted).max() < 1 / 255
+    assert np.abs(found - wanted).max() < 0.5 / 255  # which no eye can see
     browser.check_quiet()
 
 
