@@ -63,7 +63,7 @@ ANALYSES = {  # name: (the kinds of files it writes, options, options on a CPU)
         {},
         {"rows": 2, "steps": 3, "frames": 2},
     ),
-    "latent_space_vae": (".csv .html .png", {}, {"cells": 3}),
+    "latent_space_vae": (".csv .html .png", {}, {"num_points": 300}),
     "detect_vae_anomalies": (".csv .png", {"other_data": "none"}, {"bootstrap": 20}),
     "fid": (".json .png", {"features": "classifier"}, {"num_images": 300}),
 }

@@ -1,6 +1,7 @@
 "use strict";
-// A trained generator or decoder, run in a Web Worker, so that the page never waits for it.
-// latent_space_interpolation.py writes the layers and their weights into the page, next to this file.
+// A trained generator, encoder or decoder, run in a Web Worker, so that the page never waits for it.
+// latent_space_interpolation.py and latent_space_vae.py write the layers and their weights into their pages, next to
+// this file.
 //
 // An image is {height, width, channels, values}. The values are a Float32Array, row after row, the channels
 // of a pixel side by side: channel c of the pixel in row y and column x is values[(y * width + x) * channels + c].
@@ -183,13 +184,15 @@ function unpack(layers, bytes) {
   });
 }
 
-// ---- the worker: the layers come first, then the inputs, each with a number that goes back with its image
+// ---- the worker: the layers come first, then the inputs, each with a number that goes back with its image.
+// shape is [height, width, channels] of an input; without it the input is a vector.
 let layers = [];
 onmessage = ({data}) => {
   if (data.layers) {
     layers = unpack(data.layers, data.bytes);
   } else {
-    const {values} = run(layers, makeImage(1, 1, data.input.length, data.input));
-    postMessage({number: data.number, values});
+    const {number, input, shape = [1, 1, input.length]} = data;
+    const {values} = run(layers, makeImage(...shape, input));
+    postMessage({number, values});
   }
 };
