@@ -3,7 +3,7 @@
 All of them train the same networks on the same data in batches of the same size.
 
 run:    python benchmarks/throughput.py [--quick] [SCRIPT ...]
-        (on an otherwise idle machine; ten minutes, or one with --quick)
+        (on an otherwise idle machine; twenty minutes, or a few with --quick)
 prints: a table of medians over rounds in which the loops take turns; it is also written to
         throughput.json
         textbook  a good tutorial's loop, as in github.com/pytorch/examples: DataLoader, ToTensor,
