@@ -839,7 +839,7 @@ def save_curves(history, panels, title, path):
         if drawn and 0 < 20 * min(drawn) < max(drawn):
             axes.set_yscale("log")
         axes.set(xlabel=unit, ylabel=label, xlim=(0, history[-1][unit] + 0.5))
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)

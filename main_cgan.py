@@ -50,7 +50,7 @@ trainer_kwargs = {
     "generator_lr": 0.0005,  # Adam's learning rate; at 0.001 one class collapsed with seed 1
     "discriminator_lr": 0.0005,  # Adam's learning rate
     "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
-    "precision": "float32",  # auto | float32 | bfloat16; the last is slower here on two cores
+    "precision": "float32",  # auto | float32 | bfloat16; the last was slower on two cores
     "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: no scores
     "score_features": "classifier",  # inception | classifier; only the first gives the FID
     "output_dir": "mnist_CGAN",  # everything is written there
