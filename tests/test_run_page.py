@@ -90,7 +90,7 @@ def test_another_run_is_laid_over(page, runs):
     page.set_input_files("#other", runs / "other" / "history.csv")
     other = float(helpers.read_history(runs / "other")[1]["KL"])
     caption = page.locator("figcaption", has_text="KL")
-    assert f"other run {other:.4g}" in caption.inner_text()
+    caption.filter(has_text=f"other run {other:.4g}").wait_for(timeout=5000)  # the file is read
     canvas = page.locator("figure", has=caption).locator("canvas")
     orange = canvas.evaluate(
         """canvas => {
