@@ -9,6 +9,7 @@ paper:  GAN: Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
 run:    python gan_cub.py                       (any key below is an option: --loss lsgan)
         python gan_cub.py --experiment losses   (all four in turn, compared)
         python gan_cub.py --experiment r3gan    (what each half of its loss does)
+        torchrun --nproc_per_node=2 gan_cub.py  (two processes, a batch each)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv,
         run.html (open it to watch: pictures and curves),
@@ -55,7 +56,7 @@ trainer_kwargs = {
     "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: what suits the loss
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
     "penalty_weight": -1.0,  # of the penalty on D's gradient; 0: none; -1: what suits the loss
-    "ema_decay": 0.999,  # pictures, weights, scores: of G averaged over 1000 of its steps; 0: of G
+    "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
     "precision": "auto",  # auto | float32 | bfloat16; auto is bfloat16 where that is fast
     "score_features": "auto",  # inception (the FID) | classifier | auto: the first if it can be had
     "score_images": 10000,  # generated images that a score is taken of; 0 leaves the scores out
@@ -111,7 +112,8 @@ def suit_loss(loss, d_steps, penalty_weight):
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
+    refuse is a common.BadInput, which ends the script with exit status 2.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -245,7 +247,7 @@ class Generator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, z):
-        return self.model(z).float().tanh()
+        return self.model(z).float().tanh()  # float32, where the layers are bfloat16
 
 
 class Discriminator(nn.Module):
@@ -266,6 +268,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(feature_maps, 1)
 
     def forward(self, x):
+        # a sum of 64 places, in float32, where the layers are bfloat16
         features = self.blocks(x).float().sum(dim=(2, 3))  # (N, 128)
         return self.linear(features).squeeze(1).float()
 
@@ -374,6 +377,7 @@ def zero_centred_penalty(images, logits):
 
 def mean_distance(images):
     """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    # on the CPU, since not every device has pdist
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
@@ -403,12 +407,18 @@ def steps_taken(optimizer):
 
 
 def make_scorer(train, score_features, score_images):
-    """What measures how far generated images are from `train` (see fid.py). None: no scores."""
+    """What measures how far generated images are from `train`. None: no scores.
+
+    It is the Frechet distance between two Gaussians, of the features of all
+    images of `train` and of score_images generated ones. With Inception's
+    features it is the FID; with those of a classifier it is not, and compares
+    only with itself. See fid.py.
+    """
     if score_images == 0:
         return None
     try:
         return fid.Scorer(train, features=score_features, num_images=score_images)
-    except ValueError as error:  # there is neither Inception nor a class to tell from others
+    except ValueError as error:  # Inception is not here, and there is only one class
         if score_features != "auto":
             raise
         print(f"WARNING: NO SCORES. {error}.", file=sys.stderr, flush=True)
@@ -424,7 +434,20 @@ def refuse_other_score(history, scorer):
 
 
 class Trainer:
-    """The networks, their optimisers, and the training loop. train: a common.Images."""
+    """The networks, their optimisers, and the training loop.
+
+    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
+    goes on after it, with its networks, optimisers, history and random numbers.
+    run.batches gives the images of a period, run.train_step calls `step` and
+    keeps the scalars that it returns, run.end_epoch adds a row of their means
+    to the history and returns all rows, and run.save_weights writes what
+    sampling needs. After each turn of the loop in `fit` run.epochs writes
+    history.csv, run.html and checkpoint.pt.
+
+    train: a common.Images, which lies on the device as a whole: train.pixels
+    (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
+    of index (N,) as floats in [-1, 1], and their labels.
+    """
 
     def __init__(
         self,
@@ -456,31 +479,29 @@ class Trainer:
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
-        # The rate is a tensor on the device, since a CUDA graph would freeze
-        # a Python number. A continued run fills this very tensor.
+        # The rate is a tensor, because a CUDA graph reads it anew at each step,
+        # where it would go on with the same number.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
-        # every picture is drawn from the same latent vectors, so that they
-        # can be compared
+        # for all pictures, so that they can be compared
         self.fixed_z = torch.randn(100, latent_dim).to(train.device)
 
     def autocast(self):
         """Inside, layers compute in bfloat16 if asked to; weights and losses stay float32."""
-        # Without a cache of weights in bfloat16: D changes several times
-        # within a step.
+        # Without a cache of weights in bfloat16, since D changes within a step.
         kind = self.train.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)
 
     def step(self, real):
         """d_steps iterations, then one step of G. real (d_steps * N, C, H, W) in [-1, 1].
 
-        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
-        counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. run.train_step puts the scalars
-        into history.csv, as means over sample_every iterations: for another
-        one, add it to the dict that is returned here or by
-        discriminator_step. run.html then shows it.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
+        an `if` on a counter, an .item() or another Python number would stay as
+        it was: keep what changes in a tensor, as the learning rate is. For
+        another column in history.csv, a mean over sample_every iterations, add
+        it to the dict that is returned here or by discriminator_step; for a
+        curve in the picture also to `panels` in draw_curves.
         """
         rows = []
         parts = real.chunk(self.d_steps)  # (N, C, H, W) each
@@ -490,8 +511,7 @@ class Trainer:
             g_loss = self.generator_step(parts[-1])
         self.update_ema()
 
-        # The rate of the next step falls linearly to 0. For another decay,
-        # change these lines.
+        # Another decay goes here: this one falls linearly to 0.
         done = steps_taken(self.discriminator_optimizer)  # iterations
         self.lr.copy_(self.first_lr * (1 - done / self.num_iterations))
 
@@ -507,8 +527,7 @@ class Trainer:
             z = torch.randn(len(real), self.latent_dim, device=real.device)
             fake = self.generator(z)  # (N, C, H, W)
 
-        # D sees both halves in one pass: that is faster, and safe because it
-        # has no batch norm.
+        # D sees both halves in one pass, which is safe without batch norm.
         images = torch.cat([real, fake]).requires_grad_()  # (2N, C, H, W); for R1 and R2
         logits = self.discriminator(images)  # (2N,)
         real_logits, fake_logits = logits.chunk(2)  # (N,) each
@@ -578,11 +597,13 @@ class Trainer:
     def fit(self):
         """Train to num_iterations, in periods of sample_every iterations.
 
-        run.epochs loads checkpoint.pt if there is one, and goes on after it.
-        After each period it writes history.csv, run.html and checkpoint.pt. It
-        refuses a checkpoint of other settings, but cannot see changed code:
-        then give another --output_dir, or --resume false. The periods are cut
-        from an endless row of passes over the data.
+        A checkpoint of other settings is refused, num_iterations among them,
+        since the learning rate falls over them; precision, data_dir and the
+        run_kwargs other than seed and sample_every may change. Changed code is
+        not noticed: then give another --output_dir, or --resume false.
+
+        One pass over the images follows another without end, and a period
+        begins where the last one ended.
         """
         run = self.run
         state = {
@@ -602,7 +623,7 @@ class Trainer:
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
                 # A picture every 100 calls of `step`, each of d_steps iterations,
-                # goes here; run.step counts them within the period, from 0:
+                # goes here; run.step is 0 after the first call of each period:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{period}_step_{run.step}")
             self.evaluate(period * size)
@@ -632,8 +653,7 @@ class Trainer:
         common.save_grid(samples, self.folder / f"samples_{number}.png", columns=10)
         values = torch.linspace(-1, 1, 10, device=self.train.device)
         plane = self.fixed_z[:1].repeat(100, 1)  # (100, latent_dim)
-        # down the picture the first latent grows, from left to right the
-        # second
+        # the first latent grows down the picture, the second to the right
         plane[:, :2] = torch.cartesian_prod(values, values)
         samples = self.sample(plane)
         common.save_grid(samples, self.folder / f"interpolations_{number}.png", columns=10)
@@ -688,8 +708,7 @@ def main(
             model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, **experiment_kwargs
         )
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
-    # these two are grey; all others, and the digits that stand in for them,
-    # are in colour
+    # these two are grey; the others, and the bundled digits, are in colour
     grey = dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist")
     train, _ = common.load_data(
         **dataset_kwargs,

@@ -5,6 +5,7 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.
         https://arxiv.org/abs/1804.03599
 run:    python main_ae.py                   (any key below is an option: --model_type ae)
         python main_ae.py --resume false    (start over)
+        torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
 writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png,
@@ -53,7 +54,7 @@ trainer_kwargs = {
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear; linear grows from 0 in epoch 1 to beta
     "beta_epochs": 20,  # epochs of the linear schedule: 20 end at 0.95 beta, the 21st has it all
-    "ema_decay": 0.99,  # tests, pictures, saved weights: averaged over 1 / (1 - 0.99) steps; 0: not
+    "ema_decay": 0.99,  # tests and pictures are of weights averaged over 100 steps; 0: no average
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there; give each setting its own
 }
@@ -68,8 +69,8 @@ run_kwargs = {
 experiment_kwargs = {
     "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; compares settings
 }
-# the settings of each experiment; everything else is as in the dicts or on
-# the command line
+# The settings of each experiment. All others come from the dicts or the command
+# line.
 EXPERIMENTS = {
     "latent_sizes": [
         {"model_type": "ae", "latent_dim": 16},
@@ -96,7 +97,8 @@ EXPERIMENTS = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
+    refuse is a common.BadInput, which ends the script with exit status 2.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -296,6 +298,9 @@ def reconstruction_loss(output, x):
     coin and the output its logit. It is a sum because log p of an image is
     the sum over its pixels, as the KL is one over latents: with a mean over
     pixels beta would be 3072 times what it says.
+
+    Another loss goes here, once for colour and once for grey: there take the
+    output's sigmoid first. Then give another --output_dir.
     """
     if x.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(output, x, reduction="sum") / len(x)
@@ -314,7 +319,18 @@ def kl_divergence(mu, logvar):
 class Trainer:
     """Encoder and decoder, their averages, the optimiser, and the training loop.
 
-    train, test: common.Images.
+    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
+    goes on after it, with its networks, optimisers, history and random numbers.
+    run.batches gives the images of an epoch, run.train_step calls `step` and
+    keeps the scalars that it returns, run.end_epoch adds a row of their means
+    to the history and returns all rows, and run.save_weights writes what
+    sampling needs. After each turn of the loop in `fit` run.epochs writes
+    history.csv, run.html and checkpoint.pt.
+
+    train, test: two common.Images, which lie on the device as a whole:
+    train.pixels (M, C, H, W) are all images as uint8, and train.batch(index)
+    gives those of index (N,) as floats in [-1, 1] (grey: in [0, 1]), and their
+    labels.
     """
 
     def __init__(
@@ -376,12 +392,13 @@ class Trainer:
     def step(self, x):
         """One step of Adam, and one of the averages. x (N, C, H, W); returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
-        counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. run.train_step puts the scalars
-        into history.csv, as means over the epoch's images: for another one, add
-        it to the dict that is returned (`losses` may return it too, but then
-        `evaluate` has one more to add up). run.html then shows it.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
+        an `if` on a counter, an .item() or another Python number would stay as
+        it was: keep what changes in a tensor, as the learning rate is. For
+        another column in history.csv, a mean over the epoch's images, add it to
+        the dict that is returned (`losses` may return it too, but then
+        `evaluate` has one more to add up); for a curve in the picture also to
+        `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
@@ -402,7 +419,7 @@ class Trainer:
         The decay of step t is (1 + t) / (10 + t), at most ema_decay, so that
         the first weights are soon forgotten.
         """
-        # Adam counts its steps, on the device, where a CUDA graph can go on
+        # Adam's own count of steps, a tensor that a CUDA graph goes on counting
         t = self.optimizer.state[self.parameters[0]]["step"]
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
         averages = [*self.ema_encoder.parameters(), *self.ema_decoder.parameters()]
@@ -436,10 +453,9 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        run.epochs loads checkpoint.pt if there is one, and goes on after it.
-        After each epoch it writes history.csv, run.html and checkpoint.pt. It
-        refuses a checkpoint of other settings, but cannot see changed code:
-        then give another --output_dir, or --resume false.
+        A checkpoint of other settings is refused; num_epochs, precision,
+        data_dir and the run_kwargs other than the seed may change. Changed code
+        is not noticed: then give another --output_dir, or --resume false.
         """
         run = self.run
         state = {
@@ -457,8 +473,8 @@ class Trainer:
             self.beta.fill_(beta)
             for images, _ in run.batches():  # (N, C, H, W) on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here; run.step counts the
-                # epoch's steps from 0:
+                # A picture every 100 steps goes here; run.step is 0 after the
+                # first step of each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # what is measured once an epoch becomes a column by this dict
@@ -563,7 +579,12 @@ def decode_plane(decoder, low, high, side=20):
 
 
 def load_model(weights_path):
-    """(encoder, decoder) of a weights_epoch_{E}.pt. Raises common.BadInput for any other file."""
+    """(encoder, decoder) of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+
+    To sample: decoder.sample(torch.randn(16, 1024)) gives (16, 3, 32, 32), with
+    as many columns of z as the model has latents. To encode: mu, logvar =
+    encoder(images), of colour in [-1, 1], of grey in [0, 1].
+    """
     weights = common.load_weights(weights_path, "main_ae", "decoder")
     side = weights["data"]["shape"][1]
     encoder, decoder = make_networks(**weights["model_kwargs"], image_size=side, device="cpu")
@@ -639,7 +660,7 @@ def save_table(trainers, num_epochs, path):
     """Print and write what {setting: Trainer} had reached after num_epochs."""
     rows = []
     for setting, trainer in trainers.items():
-        last = trainer.run.history[num_epochs - 1]
+        last = trainer.run.history[num_epochs - 1]  # the run may have gone further
         row = {"setting": setting}
         for column in ("epoch", "reconstruction", "test reconstruction", "test KL", "test loss"):
             row[column] = last[column]

@@ -57,8 +57,7 @@ run_kwargs = {
     "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
 }
 
-# {image_size: (side of the smallest feature map, how often it doubles up to
-# the image)}
+# {image_size: (side of the smallest feature map, doublings from it to the image)}
 SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
 
@@ -66,6 +65,8 @@ def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
     load_data and Run check the other keys of dataset_kwargs and run_kwargs.
+    What they refuse is a common.BadInput, which ends the script with exit
+    status 2.
     """
     for key in ("latent_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -93,8 +94,7 @@ class Generator(nn.Module):
         super().__init__()
         side, doublings = SIDES[image_size]
         width = feature_maps * 2 ** (doublings - 1)  # 256 channels
-        # batch norm subtracts the mean, so the convolution before it needs no
-        # bias
+        # batch norm subtracts the mean, so no bias is needed before it
         layers = [nn.ConvTranspose2d(latent_dim, width, kernel_size=side, bias=False)]
         layers.append(nn.BatchNorm2d(width))
         layers.append(nn.ReLU())  # (N, 256, 4, 4)
@@ -124,8 +124,7 @@ class Discriminator(nn.Module):
         # The first layer has no batch norm: DCGAN's paper found that next to
         # the pixels it makes training oscillate.
         layers = [nn.Conv2d(image_channels, width, **down)]
-        # negative inputs have a slope too, since G learns only from D's
-        # gradients
+        # negative inputs have a slope too, so that G learns from them
         layers.append(nn.LeakyReLU(0.2))  # (N, 64, 16, 16)
         for _ in range(halvings - 1):
             layers.append(nn.Conv2d(width, 2 * width, bias=False, **down))
@@ -168,14 +167,15 @@ def discriminator_loss(real_logits, fake_logits):
 def generator_loss(fake_logits):
     """Non-saturating loss -log D(G(z)), mean over the batch (section 3 of Goodfellow et al.).
 
-    The minimax form log(1 - D(G(z))) has a vanishing gradient just when G is
-    bad and D knows.
+    The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
+    is in proportion to D(G(z)), which is near 0 just then.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def mean_distance(images):
     """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    # on the CPU, since not every device has pdist
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
@@ -200,7 +200,20 @@ def make_adam(network, lr):
 
 
 class Trainer:
-    """The networks, their optimisers, and the training loop. train: a common.Images."""
+    """The networks, their optimisers, and the training loop.
+
+    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
+    goes on after it, with its networks, optimisers, history and random numbers.
+    run.batches gives the images of an epoch, run.train_step calls `step` and
+    keeps the scalars that it returns, run.end_epoch adds a row of their means
+    to the history and returns all rows, and run.save_weights writes what
+    sampling needs. After each turn of the loop in `fit` run.epochs writes
+    history.csv, run.html and checkpoint.pt.
+
+    train: a common.Images, which lies on the device as a whole: train.pixels
+    (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
+    of index (N,) as floats in [-1, 1], and their labels.
+    """
 
     def __init__(
         self,
@@ -226,8 +239,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # Tensors on the device, because a CUDA graph would freeze a number.
-        # A continued run fills these very tensors, so they can be changed.
+        # Tensors, because a CUDA graph reads them anew at each step, where it
+        # would go on with the same number. `fit` may change them with fill_.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -251,11 +264,12 @@ class Trainer:
     def step(self, real):
         """One step of D, then one of G. real (N, C, H, W) in [-1, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
-        counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. run.train_step puts the scalars
-        into history.csv, as means over the epoch's images: for another one, add
-        it to the dict that is returned. run.html then shows it.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
+        an `if` on a counter, an .item() or another Python number would stay as
+        it was: keep what changes in a tensor, as the learning rate is. For
+        another column in history.csv, a mean over the epoch's images, add it to
+        the dict that is returned; for a curve in the picture also to `panels`
+        in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
         # Each half in a pass of its own: batch norm sees one kind of image at
@@ -280,7 +294,6 @@ class Trainer:
         training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.update_ema()
-
         return {
             "discriminator loss": d_loss,
             "generator loss": g_loss,
@@ -321,10 +334,10 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        run.epochs loads checkpoint.pt if there is one, and goes on after it.
-        After each epoch it writes history.csv, run.html and checkpoint.pt. It
-        refuses a checkpoint of other settings, but cannot see changed code:
-        then give another --output_dir, or --resume false.
+        A checkpoint of other settings is refused; num_epochs, score_every,
+        precision, data_dir and the run_kwargs other than the seed may change.
+        Changed code is not noticed: then give another --output_dir, or --resume
+        false.
         """
         run = self.run
         state = {
@@ -339,13 +352,12 @@ class Trainer:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here; run.step counts the
-                # epoch's steps from 0:
+                # A picture every 100 steps goes here; run.step is 0 after the
+                # first step of each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1 is as varied as the data; towards 0 all samples become alike:
-            # mode collapse
+            # 1 is as varied as the data; towards 0 is mode collapse: all alike
             diversity = mean_distance(samples) / self.real_distance
             # what is measured once an epoch becomes a column by this dict
             measured = {"diversity": diversity}
@@ -358,7 +370,7 @@ class Trainer:
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.ema_generator)
 
     def draw(self, epoch):
-        """Write sixty-four samples as a picture."""
+        """Write sixty-four samples as a picture. epoch: the end of its name."""
         samples = self.sample(self.fixed_z[:64])
         common.save_grid(samples, self.folder / f"generated_image_epoch_{epoch}.png", columns=8)
 

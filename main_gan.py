@@ -58,7 +58,8 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
+    refuse is a common.BadInput, which ends the script with exit status 2.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -106,8 +107,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.model = nn.Sequential(
             nn.Linear(image_size, discriminator_hidden_size),
-            # negative inputs have a slope too, since G learns only from D's
-            # gradients
+            # negative inputs have a slope too, so that G learns from them
             nn.LeakyReLU(0.2),
             nn.Linear(discriminator_hidden_size, discriminator_hidden_size),
             nn.LeakyReLU(0.2),
@@ -118,8 +118,9 @@ class Discriminator(nn.Module):
         return self.model(x).squeeze(1)
 
 
-# For another loss, change these two functions. Where D's sigmoid is no longer a
-# probability, the columns D(x) and D(G(z)) in `step` lose their meaning.
+# For another loss, change these two functions, and give another --output_dir.
+# Where D's sigmoid is no longer a probability, D(x) and D(G(z)) in `step` and the
+# titles in `draw_curves` lose their meaning; real_label and fake_label may, too.
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
@@ -140,14 +141,15 @@ def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
 def generator_loss(fake_logits):
     """Non-saturating loss -log D(G(z)), mean over the batch (end of section 3 of the paper).
 
-    The minimax form log(1 - D(G(z))) has a vanishing gradient just when G is
-    bad and D knows.
+    The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
+    is in proportion to D(G(z)), which is near 0 just then.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def mean_distance(images):
     """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    # on the CPU, since not every device has pdist
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
@@ -160,7 +162,20 @@ def make_adam(network, lr):
 
 
 class Trainer:
-    """Both networks, their optimisers, and the training loop. train: a common.Images."""
+    """Both networks, their optimisers, and the training loop.
+
+    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
+    goes on after it, with its networks, optimisers, history and random numbers.
+    run.batches gives the images of an epoch, run.train_step calls `step` and
+    keeps the scalars that it returns, run.end_epoch adds a row of their means
+    to the history and returns all rows, and run.save_weights writes what
+    sampling needs. After each turn of the loop in `fit` run.epochs writes
+    history.csv, run.html and checkpoint.pt.
+
+    train: a common.Images, which lies on the device as a whole: train.pixels
+    (M, 1, H, W) are all its images as uint8, and train.batch(index) gives those
+    of index (N,) as floats in [-1, 1], and their labels.
+    """
 
     def __init__(
         self,
@@ -186,8 +201,8 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors on the device, because a CUDA graph would freeze a number.
-        # A continued run fills these very tensors, so they can be changed.
+        # Tensors, because a CUDA graph reads them anew at each step, where it
+        # would go on with the same number. `fit` may change them with fill_.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -200,11 +215,12 @@ class Trainer:
     def step(self, real):
         """One step of D, then one of G. real (N, image_size) in [-1, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
-        counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. run.train_step puts the scalars
-        into history.csv, as means over the epoch's images: for another one, add
-        it to the dict that is returned. run.html then shows it.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
+        an `if` on a counter, an .item() or another Python number would stay as
+        it was: keep what changes in a tensor, as the learning rate is. For
+        another column in history.csv, a mean over the epoch's images, add it to
+        the dict that is returned; for a curve in the picture also to `panels`
+        in draw_curves.
         """
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
@@ -247,9 +263,8 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        run.epochs loads checkpoint.pt if there is one, and goes on after it.
-        After each epoch it writes history.csv, run.html and checkpoint.pt. It
-        refuses a checkpoint of other settings, but cannot see changed code:
+        A checkpoint of other settings is refused; num_epochs, data_dir and the
+        run_kwargs other than the seed may change. Changed code is not noticed:
         then give another --output_dir, or --resume false.
         """
         run = self.run
@@ -266,13 +281,12 @@ class Trainer:
             # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here; run.step counts the
-                # epoch's steps from 0:
+                # A picture every 100 steps goes here; run.step is 0 after the
+                # first step of each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1 is as varied as the data; towards 0 all samples become alike:
-            # mode collapse
+            # 1 is as varied as the data; towards 0 is mode collapse: all alike
             diversity = mean_distance(samples) / self.real_distance
             # what is measured once an epoch becomes a column by this dict
             history = run.end_epoch({"diversity": diversity})
@@ -282,7 +296,7 @@ class Trainer:
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.generator)
 
     def draw(self, epoch):
-        """Write sixteen samples as a picture."""
+        """Write sixteen samples as a picture. epoch: the end of its name."""
         samples = self.sample(self.fixed_z[:16])
         common.save_grid(samples, self.folder / f"generated_image_epoch_{epoch}.png", columns=4)
 

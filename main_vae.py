@@ -4,6 +4,7 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.
         Burda et al. 2015, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
         (the bound that is measured at the end)
 run:    python main_vae.py                  (any key below is an option: --num_epochs 20)
+        torchrun --nproc_per_node=2 main_vae.py   (two processes, a batch each)
 writes: mnist_VAE/: generated_image_epoch_{E}.png, reconstruction_epoch_{E}.png,
         train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
@@ -60,7 +61,8 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
+    refuse is a common.BadInput, which ends the script with exit status 2.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -187,7 +189,20 @@ def importance_weighted_bound(mu, logvar, log_likelihood, k):
 
 
 class Trainer:
-    """Encoder, decoder, their optimiser, and the training loop. train, test: common.Images."""
+    """Encoder, decoder, their optimiser, and the training loop.
+
+    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
+    goes on after it, with its networks, optimisers, history and random numbers.
+    run.batches gives the images of an epoch, run.train_step calls `step` and
+    keeps the scalars that it returns, run.end_epoch adds a row of their means
+    to the history and returns all rows, and run.save_weights writes what
+    sampling needs. After each turn of the loop in `fit` run.epochs writes
+    history.csv, run.html and checkpoint.pt.
+
+    train, test: two common.Images, which lie on the device as a whole:
+    train.pixels (M, 1, H, W) are all images as uint8, and train.batch(index)
+    gives those of index (N,) as floats in [0, 1], and their labels.
+    """
 
     def __init__(
         self,
@@ -244,11 +259,12 @@ class Trainer:
     def step(self, x):
         """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed: an `if` on a
-        counter, an .item() or another Python number would be frozen at its
-        first value. Change tensors instead. run.train_step puts the scalars
-        into history.csv, as means over the epoch's images: for another one, add
-        it to the dict that is returned. run.html then shows it.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
+        an `if` on a counter, an .item() or another Python number would stay as
+        it was: keep what changes in a tensor, as the learning rate is. For
+        another column in history.csv, a mean over the epoch's images, add it to
+        the dict that is returned; for a curve in the picture also to `panels`
+        in draw_curves.
         """
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
@@ -315,10 +331,9 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        run.epochs loads checkpoint.pt if there is one, and goes on after it.
-        After each epoch it writes history.csv, run.html and checkpoint.pt. It
-        refuses a checkpoint of other settings, but cannot see changed code:
-        then give another --output_dir, or --resume false.
+        A checkpoint of other settings is refused; num_epochs, precision,
+        data_dir and the run_kwargs other than the seed may change. Changed code
+        is not noticed: then give another --output_dir, or --resume false.
         """
         run = self.run
         state = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self.optimizer}
@@ -327,8 +342,8 @@ class Trainer:
                 self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
             for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here; run.step counts the
-                # epoch's steps from 0:
+                # A picture every 100 steps goes here; run.step is 0 after the
+                # first step of each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # what is measured once an epoch becomes a column by this dict
