@@ -436,12 +436,12 @@ def refuse_other_score(history, scorer):
 class Trainer:
     """The networks, their optimisers, and the training loop.
 
-    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
-    goes on after it, with its networks, optimisers, history and random numbers.
-    run.batches gives the images of a period, run.train_step calls `step` and
-    keeps the scalars that it returns, run.end_epoch adds a row of their means
-    to the history and returns all rows, and run.save_weights writes what
-    sampling needs. After each turn of the loop in `fit` run.epochs writes
+    run: a training.Run. run.epochs restores networks, optimisers, history and
+    random numbers from checkpoint.pt if there is one, and goes on with the next
+    period. run.batches gives the images of a period, run.train_step calls
+    `step` and keeps the scalars that it returns, run.end_epoch adds a row of
+    their means to the history and returns all rows, and run.save_weights writes
+    what sampling needs. After each turn of the loop in `fit` run.epochs writes
     history.csv, run.html and checkpoint.pt.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
@@ -496,12 +496,13 @@ class Trainer:
     def step(self, real):
         """d_steps iterations, then one step of G. real (d_steps * N, C, H, W) in [-1, 1].
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
-        an `if` on a counter, an .item() or another Python number would stay as
-        it was: keep what changes in a tensor, as the learning rate is. For
-        another column in history.csv, a mean over sample_every iterations, add
-        it to the dict that is returned here or by discriminator_step; for a
-        curve in the picture also to `panels` in draw_curves.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise.
+        Python runs only at the recording: an `if` on a counter keeps its first
+        branch, a number its first value, and .item() is an error. So keep what
+        changes in a tensor, as the learning rate is. For another column in
+        history.csv, a mean over sample_every iterations, add it to the dict
+        that is returned here or by discriminator_step; for a curve in the
+        picture also to `panels` in draw_curves.
         """
         rows = []
         parts = real.chunk(self.d_steps)  # (N, C, H, W) each
@@ -623,7 +624,7 @@ class Trainer:
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
                 # A picture every 100 calls of `step`, each of d_steps iterations,
-                # goes here; run.step is 0 after the first call of each period:
+                # goes here; run.step counts them from 0 in each period:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{period}_step_{run.step}")
             self.evaluate(period * size)

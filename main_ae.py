@@ -310,8 +310,8 @@ def reconstruction_loss(output, x):
 def kl_divergence(mu, logvar):
     """KL(N(mu, sigma^2) || N(0, I)) in nats. mu, logvar: (N, latent_dim).
 
-    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed over the latents,
-    mean over the batch (Kingma and Welling, appendix B).
+    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed over the latents, since
+    they are independent; mean over the batch (Kingma and Welling, appendix B).
     """
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum() / len(mu)
 
@@ -319,13 +319,14 @@ def kl_divergence(mu, logvar):
 class Trainer:
     """Encoder and decoder, their averages, the optimiser, and the training loop.
 
-    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
-    goes on after it, with its networks, optimisers, history and random numbers.
-    run.batches gives the images of an epoch, run.train_step calls `step` and
-    keeps the scalars that it returns, run.end_epoch adds a row of their means
-    to the history and returns all rows, and run.save_weights writes what
-    sampling needs. After each turn of the loop in `fit` run.epochs writes
-    history.csv, run.html and checkpoint.pt.
+    run: a training.Run. run.epochs restores networks, optimisers, history and
+    random numbers from checkpoint.pt if there is one, and goes on with the next
+    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    and keeps the scalars that it returns, run.end_epoch adds a row of their
+    means to the history and returns all rows, and run.save_weights writes what
+    sampling needs. run.pictures_due is true after the first epoch, every
+    sample_every, and the last. After each turn of the loop in `fit` run.epochs
+    writes history.csv, run.html and checkpoint.pt.
 
     train, test: two common.Images, which lie on the device as a whole:
     train.pixels (M, C, H, W) are all images as uint8, and train.batch(index)
@@ -392,13 +393,13 @@ class Trainer:
     def step(self, x):
         """One step of Adam, and one of the averages. x (N, C, H, W); returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
-        an `if` on a counter, an .item() or another Python number would stay as
-        it was: keep what changes in a tensor, as the learning rate is. For
-        another column in history.csv, a mean over the epoch's images, add it to
-        the dict that is returned (`losses` may return it too, but then
-        `evaluate` has one more to add up); for a curve in the picture also to
-        `panels` in draw_curves.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise.
+        Python runs only at the recording: an `if` on a counter keeps its first
+        branch, a number its first value, and .item() is an error. So keep what
+        changes in a tensor, as the learning rate is. For another column in
+        history.csv, a mean over the epoch's images, add it to the dict that is
+        returned (`losses` may return it too, but then `evaluate` has one more
+        to add up); for a curve in the picture also to `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
@@ -406,7 +407,7 @@ class Trainer:
         # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.optimizer)
         # The loss is a sum over pixels, so the gradient of all weights together
-        # has a length of 400 to 500. Cut to 1, every step counts the same.
+        # has a norm of 400 to 500. Cut to 1, all steps count alike.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -473,8 +474,8 @@ class Trainer:
             self.beta.fill_(beta)
             for images, _ in run.batches():  # (N, C, H, W) on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here; run.step is 0 after the
-                # first step of each epoch:
+                # A picture every 100 steps goes here; run.step counts from 0 in
+                # each epoch, and is that of the step just done:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # what is measured once an epoch becomes a column by this dict

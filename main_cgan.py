@@ -270,13 +270,14 @@ def make_adam(network, lr):
 class Trainer:
     """The networks, their optimisers, and the training loop.
 
-    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
-    goes on after it, with its networks, optimisers, history and random numbers.
-    run.batches gives the images of an epoch, run.train_step calls `step` and
-    keeps the scalars that it returns, run.end_epoch adds a row of their means
-    to the history and returns all rows, and run.save_weights writes what
-    sampling needs. After each turn of the loop in `fit` run.epochs writes
-    history.csv, run.html and checkpoint.pt.
+    run: a training.Run. run.epochs restores networks, optimisers, history and
+    random numbers from checkpoint.pt if there is one, and goes on with the next
+    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    and keeps the scalars that it returns, run.end_epoch adds a row of their
+    means to the history and returns all rows, and run.save_weights writes what
+    sampling needs. run.pictures_due is true after the first epoch, every
+    sample_every, and the last. After each turn of the loop in `fit` run.epochs
+    writes history.csv, run.html and checkpoint.pt.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -309,7 +310,8 @@ class Trainer:
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
         # Tensors, because a CUDA graph reads them anew at each step, where it
-        # would go on with the same number. `fit` may change them with fill_.
+        # would go on with the same number. `fit` may change them with fill_,
+        # in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -334,12 +336,12 @@ class Trainer:
     def step(self, real, labels):
         """One step of D, then one of G. real (N, C, H, W), labels (N,); returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
-        an `if` on a counter, an .item() or another Python number would stay as
-        it was: keep what changes in a tensor, as the learning rate is. For
-        another column in history.csv, a mean over the epoch's images, add it to
-        the dict that is returned; for a curve in the picture also to `panels`
-        in draw_curves.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise.
+        Python runs only at the recording: an `if` on a counter keeps its first
+        branch, a number its first value, and .item() is an error. So keep what
+        changes in a tensor, as the learning rate is. For another column in
+        history.csv, a mean over the epoch's images, add it to the dict that is
+        returned; for a curve in the picture also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
         # Each half in a pass of its own: batch norm sees one kind of image at
@@ -442,8 +444,8 @@ class Trainer:
             #     self.generator_lr.fill_(0.0005 * 0.99 ** (epoch - 1))
             for images, labels in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images, labels)
-                # A picture every 100 steps goes here; run.step is 0 after the
-                # first step of each epoch:
+                # A picture every 100 steps goes here; run.step counts from 0 in
+                # each epoch, and is that of the step just done:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # what is measured once an epoch becomes a column by this dict

@@ -164,13 +164,14 @@ def make_adam(network, lr):
 class Trainer:
     """Both networks, their optimisers, and the training loop.
 
-    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
-    goes on after it, with its networks, optimisers, history and random numbers.
-    run.batches gives the images of an epoch, run.train_step calls `step` and
-    keeps the scalars that it returns, run.end_epoch adds a row of their means
-    to the history and returns all rows, and run.save_weights writes what
-    sampling needs. After each turn of the loop in `fit` run.epochs writes
-    history.csv, run.html and checkpoint.pt.
+    run: a training.Run. run.epochs restores networks, optimisers, history and
+    random numbers from checkpoint.pt if there is one, and goes on with the next
+    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    and keeps the scalars that it returns, run.end_epoch adds a row of their
+    means to the history and returns all rows, and run.save_weights writes what
+    sampling needs. run.pictures_due is true after the first epoch, every
+    sample_every, and the last. After each turn of the loop in `fit` run.epochs
+    writes history.csv, run.html and checkpoint.pt.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, 1, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -202,7 +203,8 @@ class Trainer:
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
         # Tensors, because a CUDA graph reads them anew at each step, where it
-        # would go on with the same number. `fit` may change them with fill_.
+        # would go on with the same number. `fit` may change them with fill_,
+        # in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -215,12 +217,12 @@ class Trainer:
     def step(self, real):
         """One step of D, then one of G. real (N, image_size) in [-1, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
-        an `if` on a counter, an .item() or another Python number would stay as
-        it was: keep what changes in a tensor, as the learning rate is. For
-        another column in history.csv, a mean over the epoch's images, add it to
-        the dict that is returned; for a curve in the picture also to `panels`
-        in draw_curves.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise.
+        Python runs only at the recording: an `if` on a counter keeps its first
+        branch, a number its first value, and .item() is an error. So keep what
+        changes in a tensor, as the learning rate is. For another column in
+        history.csv, a mean over the epoch's images, add it to the dict that is
+        returned; for a curve in the picture also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
@@ -236,8 +238,8 @@ class Trainer:
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt. `inputs` leaves out the
-        # gradients of D's weights, which nobody needs.
+        # G is judged by the D that has just learnt. With `inputs` only G's
+        # weights get gradients, not D's.
         g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
@@ -276,13 +278,13 @@ class Trainer:
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
             # A decay goes here; epochs count from 1, in a continued run too.
-            # From 0.0002, for example, by one per cent an epoch:
+            # From a generator_lr of 0.0002, for example, by one per cent an epoch:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here; run.step is 0 after the
-                # first step of each epoch:
+                # A picture every 100 steps goes here; run.step counts from 0 in
+                # each epoch, and is that of the step just done:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
@@ -296,7 +298,7 @@ class Trainer:
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.generator)
 
     def draw(self, epoch):
-        """Write sixteen samples as a picture. epoch: the end of its name."""
+        """Write sixteen samples as generated_image_epoch_{epoch}.png."""
         samples = self.sample(self.fixed_z[:16])
         common.save_grid(samples, self.folder / f"generated_image_epoch_{epoch}.png", columns=4)
 

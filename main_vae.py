@@ -191,13 +191,14 @@ def importance_weighted_bound(mu, logvar, log_likelihood, k):
 class Trainer:
     """Encoder, decoder, their optimiser, and the training loop.
 
-    run: a training.Run. run.epochs loads checkpoint.pt if there is one, and
-    goes on after it, with its networks, optimisers, history and random numbers.
-    run.batches gives the images of an epoch, run.train_step calls `step` and
-    keeps the scalars that it returns, run.end_epoch adds a row of their means
-    to the history and returns all rows, and run.save_weights writes what
-    sampling needs. After each turn of the loop in `fit` run.epochs writes
-    history.csv, run.html and checkpoint.pt.
+    run: a training.Run. run.epochs restores networks, optimisers, history and
+    random numbers from checkpoint.pt if there is one, and goes on with the next
+    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    and keeps the scalars that it returns, run.end_epoch adds a row of their
+    means to the history and returns all rows, and run.save_weights writes what
+    sampling needs. run.pictures_due is true after the first epoch, every
+    sample_every, and the last. After each turn of the loop in `fit` run.epochs
+    writes history.csv, run.html and checkpoint.pt.
 
     train, test: two common.Images, which lie on the device as a whole:
     train.pixels (M, 1, H, W) are all images as uint8, and train.batch(index)
@@ -259,12 +260,12 @@ class Trainer:
     def step(self, x):
         """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise. But
-        an `if` on a counter, an .item() or another Python number would stay as
-        it was: keep what changes in a tensor, as the learning rate is. For
-        another column in history.csv, a mean over the epoch's images, add it to
-        the dict that is returned; for a curve in the picture also to `panels`
-        in draw_curves.
+        On an NVIDIA GPU this is recorded once and replayed, with new noise.
+        Python runs only at the recording: an `if` on a counter keeps its first
+        branch, a number its first value, and .item() is an error. So keep what
+        changes in a tensor, as the learning rate is. For another column in
+        history.csv, a mean over the epoch's images, add it to the dict that is
+        returned; for a curve in the picture also to `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
@@ -342,8 +343,8 @@ class Trainer:
                 self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
             for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here; run.step is 0 after the
-                # first step of each epoch:
+                # A picture every 100 steps goes here; run.step counts from 0 in
+                # each epoch, and is that of the step just done:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # what is measured once an epoch becomes a column by this dict
