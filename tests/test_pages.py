@@ -542,6 +542,53 @@ def test_everything_fits_into_the_window_and_has_a_name(width, artist_of, visit)
         assert box["x"] + box["width"] <= width
 
 
+def draw_with_a_finger(page, *places):
+    """One stroke; places in parts of the box's side."""
+    screen = page.context.new_cdp_session(page)
+    box = page.locator("#box").bounding_box()
+    for i, (x, y) in enumerate(places):
+        at = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+        kind = "touchMove" if i else "touchStart"
+        screen.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [at]})
+    screen.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    screen.detach()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_digit_drawn_with_a_finger(width, small_vae, visit):
+    weights_path, path = small_vae
+    page = visit(path)
+    page.set_viewport_size({"width": width, "height": 700})
+    page.locator("#box").scroll_into_view_if_needed()
+    scrolled = page.evaluate("document.querySelector('aside').scrollTop")
+    draw_with_a_finger(page, (0.2, 0.2), (0.5, 0.2), (0.8, 0.2), (0.6, 0.5), (0.4, 0.9))
+    draw_with_a_finger(page, (0.4, 0.5), (0.5, 0.5), (0.8, 0.5))
+    wait(page)
+    assert page.evaluate("strokes.map(stroke => stroke.length)") == [5, 3]
+    assert page.evaluate("document.querySelector('aside').scrollTop") == scrolled
+    box = seen(page, "box")
+    side = len(box)
+    for x, y in ((0.5, 0.2), (0.6, 0.5), (0.4, 0.9), (0.7, 0.5)):
+        assert box[round(y * side), round(x * side)].min() == 1
+    assert box[side // 3, side // 3].max() == 0
+    # the mark: the star is in a black ring of radius 15
+    x, y = [round(at) for at in page.evaluate("toScreen(own.place)")]
+    row = seen(page, "plane")[y].max(axis=1)
+    assert row[x - 16 : x - 13].min() < 0.2
+    assert row[x + 14 : x + 17].min() < 0.2
+    # the reconstruction and its error
+    _, decoder = main_vae.load_model(weights_path)
+    mu, pixels = page.evaluate("[own.latent, own.pixels].map(values => Array.from(values))")
+    with torch.no_grad():
+        logits = decoder(torch.tensor([mu]))
+    rebuilt = seen(page, "element('own_rebuilt')")
+    assert np.abs(rebuilt[:, :, 0] - logits.sigmoid().view(16, 16).numpy()).max() < 2 / 255
+    error = main_vae.reconstruction_loss(logits.flatten(1), torch.tensor([pixels])).item()
+    shown = re.match(r"error ([\d.]+), (below|above) the threshold", page.inner_text("#verdict"))
+    assert float(shown[1]) == pytest.approx(error, rel=2e-3, abs=0.05)
+
+
 @needs_browser
 def test_the_policy_of_the_page_refuses_requests(artist_of, browser):
     page = browser.new_page()
