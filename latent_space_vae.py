@@ -46,7 +46,7 @@ COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"]
 COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 MARKERS = "os^DvPX*<p"  # colour alone never tells two classes apart
 MOST_PICTURES = 5_000_000  # bytes of the page's pictures; more of them are packed tighter
-MOST_WEIGHTS = 12_000_000  # bytes of its networks; larger ones take 8 bits a weight instead of 16
+MOST_WEIGHTS = 6_500_000  # bytes of its networks; larger ones take 8 bits a weight instead of 16
 
 
 def check_settings(settings):
@@ -229,7 +229,9 @@ def describe_networks(encoder, decoder, channels, black):
     """Encoder and decoder for the page, and their weights as text.
 
     The decoder's output is its script's own, logits for grey images: the page computes both the
-    picture and the error from it.
+    picture and the error from it. With 8 bits, of main_vae after 10 epochs and 2,000 test images,
+    a pixel of the reconstruction differs by 0.2 of 255 grey levels on average and by 18 at most,
+    mu by 0.8 % of its largest entry, and the error by 0.2 %: 2 verdicts of 2,000 change.
     """
     for bits in (16, 8):
         weights = Weights(bits)

@@ -1,4 +1,7 @@
-"""The page of latent_space_interpolation.py in a real browser, with small networks."""
+"""The pages of the latent space in a real browser, with small networks.
+
+More of the page of latent_space_vae.py, the map, is in test_latent_space_vae.py.
+"""
 
 import base64
 import io
@@ -18,6 +21,7 @@ from torch import nn
 import common
 import gan_cub
 import latent_space_interpolation as walks
+import latent_space_vae as maps
 import main_ae
 import main_cgan
 import main_dcgan
@@ -100,6 +104,23 @@ def artist_of(tmp_path_factory):
     return make
 
 
+def save_map(weights_path, folder):
+    """The path of the map of these weights."""
+    settings = {**maps.plane_kwargs, "num_points": 30, "device": "cpu"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(maps, "save_scatter", lambda *_: None)
+        maps.survey(str(weights_path), str(folder), "", **settings)
+    return folder / "latents_space_2d.html"
+
+
+@pytest.fixture(scope="module")
+def small_vae(artist_of, tmp_path_factory):
+    """(path of the weights of a small VAE, path of its map)."""
+    _, path = artist_of("main_vae")
+    (weights_path,) = path.parent.glob("weights_*_1.pt")
+    return weights_path, save_map(weights_path, tmp_path_factory.mktemp("map"))
+
+
 @pytest.fixture(scope="module")
 def browser():
     assert find_browser(), "CI_BROWSER is set, but chromium is not on PATH"
@@ -136,9 +157,11 @@ def visit(browser):
 
 
 def wait(page):
-    """Until the image and the four corners are drawn."""
+    """Until all is drawn that was begun, in either page."""
+    of_walks = "drawing || wished || shownCorners !== cornersWanted()"
+    of_map = "asked + queues > 0 || queued"
     end = time.monotonic() + 20
-    while page.evaluate("drawing || wished || shownCorners !== cornersWanted()"):
+    while page.evaluate(f"typeof queues === 'undefined' ? {of_walks} : {of_map}"):
         assert time.monotonic() < end, "the page does not come to rest"
         time.sleep(0.01)
 
@@ -165,10 +188,11 @@ def now(page):
 
 
 def seen(page, canvas):
-    """The pixels of a canvas in [0, 1]: (H, W, 3)."""
+    """The pixels of a canvas in [0, 1]: (H, W, 3), as they look on the white page."""
     _, encoded = page.evaluate(f"{canvas}.toDataURL()").split(",")
-    picture = Image.open(io.BytesIO(base64.b64decode(encoded)))
-    return np.asarray(picture.convert("RGB")) / 255
+    picture = Image.open(io.BytesIO(base64.b64decode(encoded))).convert("RGBA")
+    white = Image.new("RGBA", picture.size, "white")
+    return np.asarray(Image.alpha_composite(white, picture).convert("RGB")) / 255
 
 
 @needs_browser
@@ -259,6 +283,27 @@ def test_a_page_that_would_be_too_large_takes_8_bits(artist_of, visit, tmp_path,
     difference = np.abs(drawn(page, z) - expected(artist, z).reshape(5, -1))
     assert 1e-5 < difference.mean() < 0.01
     assert (tmp_path / "small.html").stat().st_size < path.stat().st_size
+
+
+@needs_browser
+def test_a_map_that_would_be_too_large_takes_8_bits(small_vae, visit, tmp_path, monkeypatch):
+    weights_path, exact = small_vae
+    monkeypatch.setattr(maps, "MOST_WEIGHTS", 1)
+    path = save_map(weights_path, tmp_path)
+    assert path.stat().st_size < exact.stat().st_size
+    page = visit(path)
+    assert "8 bits a weight" in page.inner_text("#facts")
+    encoder, decoder = main_vae.load_model(weights_path)
+    _, test = common.load_again(torch.load(weights_path, weights_only=True), "", "cpu")
+    images, _ = test.batch(torch.arange(20))
+    with torch.no_grad():
+        mu, _ = encoder(images)
+        rebuilt = decoder.sample(mu)
+    asked = "async pixels => Array.from(await encode(pixels))"
+    found = np.array([page.evaluate(asked, one) for one in images.flatten(1).tolist()])
+    assert 0 < np.abs(found - mu.numpy()).max() < 0.02 * mu.abs().max()
+    difference = np.abs(drawn(page, torch.from_numpy(found)) - rebuilt.flatten(1).numpy())
+    assert 1e-5 < difference.mean() < 2 / 255
 
 
 @pytest.mark.parametrize(
@@ -495,6 +540,53 @@ def test_everything_fits_into_the_window_and_has_a_name(width, artist_of, visit)
         box = control.bounding_box()
         assert box["x"] >= 0
         assert box["x"] + box["width"] <= width
+
+
+def draw_with_a_finger(page, *places):
+    """One stroke; places in parts of the box's side."""
+    screen = page.context.new_cdp_session(page)
+    box = page.locator("#box").bounding_box()
+    for i, (x, y) in enumerate(places):
+        at = {"x": box["x"] + x * box["width"], "y": box["y"] + y * box["height"]}
+        kind = "touchMove" if i else "touchStart"
+        screen.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [at]})
+    screen.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+    screen.detach()
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_digit_drawn_with_a_finger(width, small_vae, visit):
+    weights_path, path = small_vae
+    page = visit(path)
+    page.set_viewport_size({"width": width, "height": 700})
+    page.locator("#box").scroll_into_view_if_needed()
+    scrolled = page.evaluate("document.querySelector('aside').scrollTop")
+    draw_with_a_finger(page, (0.2, 0.2), (0.5, 0.2), (0.8, 0.2), (0.6, 0.5), (0.4, 0.9))
+    draw_with_a_finger(page, (0.4, 0.5), (0.5, 0.5), (0.8, 0.5))
+    wait(page)
+    assert page.evaluate("strokes.map(stroke => stroke.length)") == [5, 3]
+    assert page.evaluate("document.querySelector('aside').scrollTop") == scrolled
+    box = seen(page, "box")
+    side = len(box)
+    for x, y in ((0.5, 0.2), (0.6, 0.5), (0.4, 0.9), (0.7, 0.5)):
+        assert box[round(y * side), round(x * side)].min() == 1
+    assert box[side // 3, side // 3].max() == 0
+    # the mark: the star is in a black ring of radius 15
+    x, y = [round(at) for at in page.evaluate("toScreen(own.place)")]
+    row = seen(page, "plane")[y].max(axis=1)
+    assert row[x - 16 : x - 13].min() < 0.2
+    assert row[x + 14 : x + 17].min() < 0.2
+    # the reconstruction and its error
+    _, decoder = main_vae.load_model(weights_path)
+    mu, pixels = page.evaluate("[own.latent, own.pixels].map(values => Array.from(values))")
+    with torch.no_grad():
+        logits = decoder(torch.tensor([mu]))
+    rebuilt = seen(page, "element('own_rebuilt')")
+    assert np.abs(rebuilt[:, :, 0] - logits.sigmoid().view(16, 16).numpy()).max() < 2 / 255
+    error = main_vae.reconstruction_loss(logits.flatten(1), torch.tensor([pixels])).item()
+    shown = re.match(r"error ([\d.]+), (below|above) the threshold", page.inner_text("#verdict"))
+    assert float(shown[1]) == pytest.approx(error, rel=2e-3, abs=0.05)
 
 
 @needs_browser
