@@ -638,9 +638,9 @@ def print_result(result, statistics):
         words.append(f"{key} {short}")
     print("  ".join(words))
     for name, one in statistics.items():
-        if one.n < len(one.mu):
+        if 0 < one.n < len(one.mu):
             common.warn(
-                f"warning: {name}: N {one.n or 'unknown'} is few for {len(one.mu)} "
+                f"warning: {name}: N {one.n} is few for {len(one.mu)} "
                 "features: without full rank the covariance makes the distance too "
                 "large, the more so the fewer images; compare at equal N only"
             )
