@@ -575,6 +575,8 @@ def load_torchvision(name, data_dir):
         parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
     except Exception as error:  # torchvision raises half a dozen types here
         raise OSError(str(error).strip().splitlines()[-1])
+    finally:
+        socket.setdefaulttimeout(None)  # as Python has it
     splits = []
     for part in parts:
         pixels = torch.as_tensor(part.data)  # (N, H, W), or (N, H, W, C) in colour
@@ -666,6 +668,8 @@ def download(url, path, sha256):
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
     except RuntimeError as error:
         raise OSError(str(error))
+    finally:
+        socket.setdefaulttimeout(None)  # as Python has it
 
 
 def load_cub(data_dir, size, channels, jpeg_quality):

@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import re
-import socket
 import sys
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -212,13 +211,11 @@ def load_inception(path):
 def inception_features(weights_path, data_dir, resize, device):
     """The 2048 features of FID, by the very weights that define it.
 
-    Raises OSError if they cannot be had, and RuntimeError if others are sent.
+    Raises OSError if they cannot be had.
     """
     path = Path(weights_path or Path(data_dir) / Path(INCEPTION).name)
     if not weights_path and not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        socket.setdefaulttimeout(common.DOWNLOAD_TIMEOUT)
-        torch.hub.download_url_to_file(INCEPTION, str(path), INCEPTION_SHA, progress=False)
+        common.download(INCEPTION, path, INCEPTION_SHA)
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     wrong = f"{path} does not hold the weights of FID's Inception"
     require(found.startswith(INCEPTION_SHA), f"{wrong}: its SHA-256 is another")
@@ -442,7 +439,7 @@ def choose_network(features, train, data_dir, device, resize="clean", weights_pa
     if features != "classifier":
         try:
             return inception_features(weights_path, data_dir, resize, device)
-        except (OSError, RuntimeError) as error:
+        except OSError as error:
             why = f"Inception's weights could not be downloaded ({error})"
             name = Path(INCEPTION).name
             advice = f"put {name} into {data_dir}, or take the classifier's features"
@@ -641,9 +638,9 @@ def print_result(result, statistics):
         words.append(f"{key} {short}")
     print("  ".join(words))
     for name, one in statistics.items():
-        if one.n < len(one.mu):
+        if 0 < one.n < len(one.mu):
             common.warn(
-                f"warning: {name}: N {one.n or 'unknown'} is few for {len(one.mu)} "
+                f"warning: {name}: N {one.n} is few for {len(one.mu)} "
                 "features: without full rank the covariance makes the distance too "
                 "large, the more so the fewer images; compare at equal N only"
             )

@@ -392,10 +392,10 @@ def join_processes(device):
 
 
 def check_writable(folder):
-    """Make the folder. Raises BadInput if nothing can be written there."""
+    """Raises BadInput if nothing can be written there. The first file that is written makes it."""
+    there = next(place for place in (folder, *folder.parents) if place.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
+        tempfile.TemporaryFile(dir=there).close()
     except OSError as error:
         raise BadInput(f"output_dir {folder} cannot be written: {error.strerror}")
 

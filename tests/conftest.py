@@ -1,4 +1,5 @@
 import copy
+import functools
 import os
 
 # Two workers on two cores: a second thread would only wait. It has to be said before numpy loads.
@@ -9,6 +10,9 @@ import numpy
 import pytest
 import torch
 
+# Everything is tested on the CPU, and a hosted Mac has a GPU that refuses every allocation.
+# torch wants a cached function here, whose __wrapped__ torch._dynamo looks at.
+torch.backends.mps.is_available = functools.cache(lambda: False)
 torch.set_num_threads(1)  # small networks; and two threads on a busy machine wait for each other
 
 

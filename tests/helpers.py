@@ -8,12 +8,11 @@ import importlib
 import itertools
 import os
 import pickle
-import pty
 import shutil
+import struct
 import subprocess
 import sys
 import tarfile
-import termios
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -159,6 +158,18 @@ def wait_for(process):
         raise AssertionError(f"{process.args} did not end: {output} {errors}")
 
 
+def open_terminal():
+    """Both ends of a pseudo-terminal of 24 lines and 200 columns."""
+    import fcntl
+    import pty
+    import termios
+
+    own_end, its_end = pty.openpty()
+    size = struct.pack("4H", 24, 200, 0, 0)  # termios.tcsetwinsize is new in Python 3.11
+    fcntl.ioctl(its_end, termios.TIOCSWINSZ, size)
+    return own_end, its_end
+
+
 class Process:
     """Any script as a subprocess, with `python SCRIPT.py options` as its command line.
 
@@ -174,9 +185,7 @@ class Process:
             command += ["-c", f"{start}; runpy.run_path({path!r}, run_name='__main__')"]
         else:
             command += [path]
-        own_end, its_end = pty.openpty() if terminal else (None, subprocess.PIPE)
-        if terminal:
-            termios.tcsetwinsize(its_end, (24, 200))
+        own_end, its_end = open_terminal() if terminal else (None, subprocess.PIPE)
         cwd.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
             [*command, *map(str, options)],

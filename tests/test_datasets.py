@@ -345,9 +345,9 @@ def test_cifar10_s_archive_is_used_without_a_network(monkeypatch, tmp_path):
 
 @pytest.fixture(autouse=True)
 def usual_timeout():
-    """Downloads set one for the whole process."""
+    """Downloads set one, and take it back."""
     yield
-    socket.setdefaulttimeout(None)
+    assert socket.getdefaulttimeout() is None
 
 
 @pytest.fixture

@@ -401,7 +401,7 @@ def test_the_same_images_are_at_distance_zero(quick, tmp_path):
     assert result["diversity within class"] == pytest.approx(1)
 
 
-def test_statistics_of_other_programs_are_sources(quick, digits, tmp_path, monkeypatch):
+def test_statistics_of_other_programs_are_sources(quick, digits, tmp_path, capsys):
     """They are an .npz with mu and sigma, as pytorch-fid and clean-fid publish it."""
     kwargs = {"real": "digits:train", "features": "classifier", "data_dir": quick}
     first = measure(tmp_path, generated="digits:test", **kwargs)
@@ -409,7 +409,9 @@ def test_statistics_of_other_programs_are_sources(quick, digits, tmp_path, monke
     features = network.compute(digits[1].pixels).numpy()
     sigma = np.cov(features, rowvar=False)
     np.savez(tmp_path / "theirs.npz", mu=features.mean(0), sigma=sigma)
+    capsys.readouterr()
     theirs = measure(tmp_path, generated=tmp_path / "theirs.npz", **kwargs)
+    assert "is few" not in capsys.readouterr().err  # how many images they are of is not known
     assert theirs["classifier distance"] == pytest.approx(first["classifier distance"], rel=1e-5)
     assert theirs["N"] == "unknown"
     np.savez(tmp_path / "few.npz", mu=np.zeros(5), sigma=np.eye(5))

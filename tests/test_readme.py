@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -70,7 +71,9 @@ def fenced_blocks():
     """[(language, text)] of all blocks between ``` and ```."""
     found = []
     for text in TEXTS.values():
-        found += re.findall(r"^```(\w*)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+        # inside a list they are indented
+        blocks = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", text, re.DOTALL | re.MULTILINE)
+        found += [(language, textwrap.dedent(block)) for language, block in blocks]
     return found
 
 
@@ -328,6 +331,8 @@ def test_a_python_snippet_runs(snippet, trained, offline, tmp_path, monkeypatch)
         monkeypatch.setattr(sys, "argv", ["-", *weights])
     if "CUB_200_2010_32" in snippet:
         draw_birds(folder / "data" / "CUB_200_2010_32")
+    if '"weights/' in snippet:
+        (folder / "weights").symlink_to(ROOT / "weights")
     monkeypatch.chdir(folder)
     before = set(folder.rglob("*"))
     exec(snippet, {})
