@@ -17,9 +17,9 @@ writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png
         weights_iteration_{I}.pt and weights_best.pt, of the best score (for sampling);
         an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
 expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations,
-        seed 0, bfloat16; classifier distance at the end, N 2,000: gan 1070, lsgan 636,
-        wgan-gp 278, less than 18 min for the three on one core of an AMD EPYC; r3gan 337,
-        with lr 0.0004 in float32, and after 16,000 iterations in bfloat16 236, 41 min
+        seed 0, bfloat16; classifier distance at the end, N 2,000: gan 908, lsgan 742,
+        wgan-gp 268, r3gan 397, half an hour for the four on one core of an AMD EPYC;
+        r3gan with lr 0.0004 after 16,000 iterations 236, 41 min
 """
 
 import dataclasses
