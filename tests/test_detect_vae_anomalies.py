@@ -21,8 +21,9 @@ FILES = {
     "anomalies_at_threshold.png",
     "anomaly_detection.csv",
 }
-FIVE = ["reconstruction", "negative ELBO", "KL", "latent distance", "pixel distance"]
-THREE = ["reconstruction", "latent distance", "pixel distance"]  # of an autoencoder
+DISTANCES = ["latent distance", "feature distance", "pixel distance"]
+SIX = ["reconstruction", "negative ELBO", "KL", *DISTANCES]
+FOUR = ["reconstruction", *DISTANCES]  # of an autoencoder
 CORRUPTIONS = 12
 MEASURES = ["AUROC", "AUPRC", "false positives", "true positives"]
 
@@ -260,26 +261,43 @@ def test_scores_of_single_images_equal_the_losses_of_training(vae, monkeypatch):
     some = torch.linspace(0, len(seen) - 1, 70).round().long()
     seen = seen[some]
     codes, _ = encoder(seen)
+    features = encoder.model(seen)
     images = test.pixels[:9] / 255
     scorer = open_scorer(vae)
     monkeypatch.setattr(torch, "randn_like", lambda mu: torch.full_like(mu, 0.5))
     scores = scorer(images)
-    assert list(scores) == FIVE
+    assert list(scores) == SIX
     for i, x in enumerate(images.flatten(1)[:, None]):
         mu, logvar = encoder(x)
         kl = main_vae.kl_divergence(mu, logvar)
         noisy = decoder(mu + (0.5 * logvar).exp() / 2)
+        cosines = F.cosine_similarity(features, encoder.model(x))
         wanted = {
             "reconstruction": main_vae.reconstruction_loss(decoder(mu), x),
             "negative ELBO": main_vae.reconstruction_loss(noisy, x) + kl,
             "KL": kl,
             "latent distance": (codes - mu).norm(dim=1).min(),
+            "feature distance": (1 - cosines).sort().values[:10].mean(),
             "pixel distance": (seen - x).norm(dim=1).min(),
         }
         for name, value in wanted.items():
             assert scores[name][i] == pytest.approx(value.item(), rel=1e-4, abs=1e-3), name
     rebuilt = decoder(encoder(images)[0]).sigmoid().view_as(images)
     assert torch.allclose(scorer.rebuild(images), rebuilt, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_three_training_images_are_enough_and_ink_does_not_count_in_features(vae):
+    scorer = open_scorer(vae, num_train=3)
+    x = scorer.train_pixels.view(3, 1, 28, 28)
+    features = scorer.features(x)
+    assert torch.allclose(features.norm(dim=1), torch.ones(3))
+    mean = (features @ features.T).mean(1)
+    assert torch.allclose(scorer.feature_distance(x), 1 - mean, atol=1e-6)
+    # without biases half the ink gives half of every feature, and the direction stays
+    for layer in scorer.encoder.model[::2]:
+        layer.bias.data.zero_()
+    assert torch.allclose(scorer.features(x / 2), scorer.features(x), atol=1e-6)
 
 
 def test_the_elbo_is_a_mean_over_samples_and_images_are_scored_in_parts(vae):
@@ -303,15 +321,20 @@ def test_colour_is_scored_in_the_range_of_the_networks(tiny, no_pictures):
     x, _ = trainer.train.batch(torch.arange(5))  # in [-1, 1]
     scorer = open_scorer(path, num_train=5000)
     scores = scorer(images)
-    assert list(scores) == THREE
+    assert list(scores) == FOUR
     output = decoder(encoder(x)[0]).detach()
+    every, _ = trainer.train.batch(torch.arange(len(trainer.train)))
+    features = encoder.model(every).detach()
     for i in range(5):
+        cosines = F.cosine_similarity(features, features[i : i + 1])
+        nearest = (1 - cosines).sort().values[:10].mean().item()
+        assert scores["feature distance"][i] == pytest.approx(nearest, rel=1e-3, abs=1e-6)
         wanted = F.mse_loss(output[i], x[i], reduction="sum").item()
         assert scores["reconstruction"][i] == pytest.approx(wanted, rel=1e-5)
     assert scores["pixel distance"].max() < 0.02  # they are among the training images
     assert torch.allclose(scorer.rebuild(images), output.clamp(-1, 1) / 2 + 0.5, atol=1e-6)
     rows = run(path)
-    assert len(rows) == CORRUPTIONS * 3
+    assert len(rows) == CORRUPTIONS * 4
 
 
 # ----------------------------------------------------------------- the whole script
@@ -345,8 +368,8 @@ def test_a_left_out_class_is_judged_and_nothing_is_judged_by_itself(vae, monkeyp
     assert held_out | judged | inverted <= {image.numpy().tobytes() for image in others}
 
     kinds = list(dict.fromkeys(row["anomaly"] for row in rows))
-    assert len(kinds) == CORRUPTIONS + 1 and len(rows) == len(kinds) * 5
-    assert [row["score"] for row in rows] == FIVE * len(kinds)
+    assert len(kinds) == CORRUPTIONS + 1 and len(rows) == len(kinds) * 6
+    assert [row["score"] for row in rows] == SIX * len(kinds)
     scorer = open_scorer(vae, 200, 2)
     clean, strange = scorer(seen[1])["reconstruction"], scorer(seen[2])["reconstruction"]
     row = next(row for row in rows if row["anomaly"] == "3, never trained on")
@@ -374,10 +397,10 @@ def test_the_table_says_what_main_returns_and_a_second_run_the_same(vae, tmp_pat
             assert float(written[name]) == row[name], name
     lines = shown.splitlines()
     assert len({len(line) for line in lines[1:]}) == 1  # columns stand below their names
-    assert lines[1].split("  ")[0] == "AUROC (95 % interval)" and lines[1].endswith(FIVE[-1])
+    assert lines[1].split("  ")[0] == "AUROC (95 % interval)" and lines[1].endswith(SIX[-1])
     assert lines[0].startswith(f"{vae}: main_vae on digits without 3, epoch 1; threshold: the 95th")
     for number, line in enumerate(lines[2:]):
-        of_one = rows[5 * number : 5 * number + 5]
+        of_one = rows[6 * number : 6 * number + 6]
         assert line.startswith(of_one[0]["anomaly"])
         words = line[28:].replace("(", "").replace(")", "").replace("to", "").split()
         wanted = []
@@ -489,14 +512,14 @@ def test_the_class_that_was_left_out_is_what_is_shown_else_the_hardest(vae, no_p
 def test_another_data_set_is_brought_into_shape_or_left_out(vae, capsys, monkeypatch, no_pictures):
     rows = run(vae, other_data="digits")
     of_digits = [row for row in rows if row["anomaly"] == "digits instead"]
-    row = of_digits[FIVE.index("pixel distance")]
+    row = of_digits[SIX.index("pixel distance")]
     assert row["AUROC"] < 0.9 and row["anomalous"] == 40
     assert no_pictures[0][1].name == "3, never trained on"
     cut_off_network(monkeypatch)
     rows = run(vae, other_data="auto")
     told = capsys.readouterr().err
     assert "left out: cifar10 is not in" in told and told.count("\n") == 1
-    assert len(rows) == 5 * (CORRUPTIONS + 1)
+    assert len(rows) == 6 * (CORRUPTIONS + 1)
 
 
 def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, tiny, no_pictures):
