@@ -309,9 +309,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # Tensors, because a CUDA graph reads them anew at each step, where it
-        # would go on with the same number. `fit` may change them with fill_,
-        # in a continued run too.
+        # Tensors, because a CUDA graph would go on with a number as it was.
+        # `fit` may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)

@@ -202,9 +202,8 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, because a CUDA graph reads them anew at each step, where it
-        # would go on with the same number. `fit` may change them with fill_,
-        # in a continued run too.
+        # Tensors, because a CUDA graph would go on with a number as it was.
+        # `fit` may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
