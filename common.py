@@ -140,9 +140,6 @@ def run_script(main, *dicts):
     except KeyboardInterrupt as error:
         warn(f"{script.name}: {str(error) or 'interrupted'}")
         sys.exit(130)
-    finally:
-        if distributed.is_available() and distributed.is_initialized():
-            distributed.destroy_process_group()
 
 
 def choose_device(device):

@@ -3,6 +3,7 @@
 Nothing about a model is in here: no network, no loss, no optimiser step.
 """
 
+import atexit
 import os
 import signal
 import sys
@@ -387,6 +388,8 @@ def join_processes(device):
         backend = "nccl" if device.type == "cuda" else "gloo"
         # the others wait so long while the first one downloads the data
         distributed.init_process_group(backend, timeout=timedelta(hours=2))
+        # a process that ends with gloo's threads at work is now and then aborted
+        atexit.register(distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 
