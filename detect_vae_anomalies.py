@@ -104,10 +104,11 @@ def load_others(kind, train, num_images):
     if kind == "none":
         return {}
     _, channels, side, _ = train.pixels.shape
+    own_folder = train.dataset_type == "folder"  # it is no place for another data set
     try:
         _, others = common.load_data(
             kind,
-            train.data_dir,
+            "data" if own_folder else train.data_dir,
             image_channels=channels,
             image_size=side,
             allow_fallback=False,

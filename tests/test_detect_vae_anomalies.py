@@ -522,6 +522,16 @@ def test_another_data_set_is_brought_into_shape_or_left_out(vae, capsys, monkeyp
     assert len(rows) == 6 * (CORRUPTIONS + 1)
 
 
+def test_no_other_data_set_is_put_among_ones_own_pictures(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    cut_off_network(monkeypatch)
+    pixels, labels = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2).long()
+    train = common.Images(pixels, labels, ["a"], "folder mine", "folder", "mine")
+    assert detect.load_others("auto", train, 10) == {}
+    assert "left out: mnist is not in data/" in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
 def test_what_cannot_be_is_one_line_and_status_2(tmp_path, monkeypatch, capsys, tiny, no_pictures):
     monkeypatch.chdir(tmp_path)
     main_gan.main(*tiny(main_gan, num_epochs=1, batch_size=4500))

@@ -108,7 +108,8 @@ def test_another_run_is_laid_over(page, runs):
 def test_settings_and_state_are_told(page):
     assert page.locator("#state").inner_text() == "epoch 2 of 2; finished"
     table = page.locator("#settings").inner_text()
-    for words in ("latent_dim\t8", "seed\t0", "images\t90", "torch\t2."):
+    classes = "class_names\tbright, dark"
+    for words in ("latent_dim\t8", "seed\t0", "images\t90", "torch\t2.", classes):
         assert words in table
 
 
