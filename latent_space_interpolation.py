@@ -14,6 +14,7 @@ expect: main_vae on MNIST, 50 epochs: the mean step is 1.27 times a cross-fade's
 """
 
 import base64
+import gzip
 import io
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ picture_kwargs = {
     "seed": 0,  # of the points
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
 }
-MOST_BYTES = 8_000_000  # of the page; a larger one takes 8 bits a weight instead of 16
+MOST_BYTES = 8_000_000  # of the page; a larger one takes 11 bits a weight instead of 16, or 8
 
 
 def check_settings(settings):
@@ -286,30 +287,35 @@ def save_table(panels, path):
 class Weights:
     """Tensors as bytes, end to end. What stands for a tensor in the page is its place in them.
 
-    Vectors stay exact. Of all others an entry takes 16 bits or 8, as `bits` says.
+    Vectors stay exact. Of every other tensor an entry is rounded to a whole number of `bits`
+    bits, times a factor for each output.
     """
 
     def __init__(self, bits):
         self.bits, self.data = bits, bytearray()
 
-    def append(self, tensor):
-        array = tensor.numpy()
-        place = {"kind": array.dtype.name, "start": len(self.data), "length": array.size}
-        self.data += array.tobytes()
+    def append(self, kind, length, content):
+        place = {"kind": kind, "start": len(self.data), "length": length}
+        self.data += content.numpy().tobytes()
         return place
 
     def add(self, tensor):
         """tensor: a vector (outputs,), or (..., outputs)."""
         values = tensor.detach().float().cpu()
         if values.ndim == 1:
-            return self.append(values)
-        if self.bits == 16:
-            return self.append(values.half())
-        # the largest entry of each output becomes 127 or -127
+            return self.append("float32", len(values), values)
+        # the largest entry of each output becomes the largest such number
         largest = values.flatten(0, -2).abs().amax(0).clamp(min=1e-30)  # (outputs,)
-        scales = largest / 127
-        place = self.append((values / scales).round().to(torch.int8))
-        return {**place, "scales": self.append(scales)}
+        scales = largest / (2 ** (self.bits - 1) - 1)
+        whole = (values / scales).round().to(torch.int16)
+        # all low bytes, then all high ones, which are much alike: so gzip makes them small
+        halves = torch.stack([whole & 255, whole >> 8 & 255]).to(torch.uint8)
+        place = self.append("int16", whole.numel(), halves)
+        return {**place, "scales": self.add(scales)}
+
+    def as_text(self):
+        """All bytes, compressed, as characters."""
+        return base64.b64encode(gzip.compress(self.data, 6, mtime=0)).decode()
 
 
 def export_plain(layer):
@@ -453,14 +459,14 @@ def rounded(tensor):
 def save_page(artist, seed, path):
     """Write the page, unless the network has a layer that cannot run there: then a warning."""
     data = page_data(artist, seed)
-    for bits in (16, 8):
+    for bits in (16, 11, 8):
         weights = Weights(bits)
         try:
             data["layers"] = export_network(artist, weights)
         except common.BadInput as error:
             common.warn(f"{path} is left out: {error}")
             return
-        data["weights"] = base64.b64encode(weights.data).decode()
+        data["weights"] = weights.as_text()
         data["bits"] = bits
         page = common.fill_page("latent_space.html", data)
         if len(page) < MOST_BYTES:

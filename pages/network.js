@@ -159,19 +159,13 @@ function run(layers, input) {
 
 // ---- weights from bytes
 
-// A number of 16 bits: a sign, 5 bits of exponent, 10 of fraction. An exponent of 0 marks the smallest numbers.
-function fromHalf(bits) {
-  const [sign, exponent, fraction] = [bits >> 15 ? -1 : 1, bits >> 10 & 31, (bits & 1023) / 1024];
-  return sign * (exponent ? 2 ** (exponent - 15) * (1 + fraction) : 2 ** -14 * fraction);
-}
-
-// A tensor lies in the bytes from `start` on, as `length` numbers of its kind.
+// A tensor lies in the bytes from `start` on, as `length` numbers of its kind. Whole numbers are stored as all their
+// low bytes and then all their high ones, and each output has a factor.
 function unpackTensor({kind, start, length, scales}, bytes) {
-  const part = size => bytes.slice(start, start + size * length).buffer;
-  if (kind === "float32") return new Float32Array(part(4));
-  if (kind === "float16") return Float32Array.from(new Uint16Array(part(2)), fromHalf);
-  const factors = unpackTensor(scales, bytes);  // int8, with a factor for each output
-  return Float32Array.from(new Int8Array(part(1)), (value, i) => value * factors[i % factors.length]);
+  if (kind === "float32") return new Float32Array(bytes.slice(start, start + 4 * length).buffer);
+  const low = bytes.subarray(start, start + length), high = new Int8Array(bytes.buffer, start + length, length);
+  const factors = unpackTensor(scales, bytes);
+  return Float32Array.from(low, (value, i) => (value + 256 * high[i]) * factors[i % factors.length]);
 }
 
 function unpack(layers, bytes) {
@@ -184,15 +178,23 @@ function unpack(layers, bytes) {
   });
 }
 
+// The bytes that gzip has packed: a promise.
+async function unzip(packed) {
+  const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return new Uint8Array(await new Response(stream).arrayBuffer());
+}
+
 // ---- the worker: the layers come first, then the inputs, each with a number that goes back with its image.
 // shape is [height, width, channels] of an input; without it the input is a vector.
-let layers = [];
-onmessage = ({data}) => {
-  if (data.layers) {
-    layers = unpack(data.layers, data.bytes);
+let ready;  // a promise of the layers
+async function answer({layers, packed, number, input, shape}) {
+  if (layers) {
+    ready = unzip(packed).then(bytes => unpack(layers, bytes));
+    await ready;
   } else {
-    const {number, input, shape = [1, 1, input.length]} = data;
-    const {values} = run(layers, makeImage(...shape, input));
+    const {values} = run(await ready, makeImage(...shape ?? [1, 1, input.length], input));
     postMessage({number, values});
   }
-};
+}
+// an error goes on to the page, which says it
+onmessage = ({data}) => answer(data).catch(error => setTimeout(() => { throw error; }));

@@ -58,10 +58,11 @@ def read(path):
     data = re.search(r'<script id="data" type="application/json">(.*?)</script>', text, re.DOTALL)
     data = json.loads(data[1])
     kind, encoded = re.fullmatch(
-        r"data:image/(png|jpeg);base64,([\w+/]+=*)", data["images"]
+        r"data:image/(webp|jpeg);base64,([\w+/]+=*)", data["images"]
     ).groups()
     raw = io.BytesIO(base64.b64decode(encoded, validate=True))
-    sheet = np.asarray(Image.open(raw, formats=[kind]))
+    sheet = Image.open(raw, formats=[kind])
+    sheet = np.asarray(sheet.convert("L" if data["shape"][0] == 1 else "RGB"))
     tiles = []
     for row in np.split(sheet, sheet.shape[0] // data["shape"][1], axis=0):
         tiles += np.split(row, data["columns"], axis=1)
@@ -264,7 +265,7 @@ def test_images_of_one_class_have_a_map_too(tmp_path):
 def test_images_that_would_be_too_large_are_packed_tighter(monkeypatch):
     images = torch.rand(400, 1, 28, 28)
     large = page.describe_images(images)["images"]
-    assert large.startswith("data:image/png")
+    assert large.startswith("data:image/webp")
     monkeypatch.setattr(page, "MOST_PICTURES", len(large) * 3 // 5)
     small = page.describe_images(images)["images"]
     assert small.startswith("data:image/jpeg")
@@ -273,8 +274,23 @@ def test_images_that_would_be_too_large_are_packed_tighter(monkeypatch):
 
 def test_5000_digits_are_packed_without_loss():
     train, _ = common.load_data("digits", "", image_channels=1, device="cpu")
-    made = page.describe_images(train.pixels[torch.arange(5000) % 4500] / 255)
-    assert made["images"].startswith("data:image/png")
+    pixels = train.pixels[torch.arange(5000) % 4500]
+    made = page.describe_images(pixels / 255)
+    assert made["images"].startswith("data:image/webp")
+    assert np.array_equal(open_uri(made["images"])[28:56, 56:84, 0], pixels[73, 0])
+
+
+def test_a_picture_too_wide_for_webp_is_packed_without_loss():
+    wide = torch.randint(256, (1, 3, 1, 16384))
+    packed = page.data_uri(wide / 255, 1, 0)
+    assert packed.startswith("data:image/png")
+    assert np.array_equal(open_uri(packed), wide[0].permute(1, 2, 0))
+
+
+def open_uri(uri):
+    """The pixels of a picture that is written into the page."""
+    picture = Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
+    return np.asarray(picture)
 
 
 def test_a_layer_that_the_page_does_not_know_leaves_it_out(vae, tmp_path, monkeypatch, capsys):
