@@ -269,7 +269,8 @@ def newest_weights(part=None):
 
     Where there is none it is a copy of weights/main_vae.pt, which comes with the collection.
     """
-    files = [*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")]
+    copy = Path("shipped_VAE/weights_main_vae.pt")
+    files = {*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")} - {copy}
     for path in sorted(files, key=os.path.getmtime, reverse=True):
         try:
             load_weights(path, None, part or "model_kwargs")
@@ -277,10 +278,10 @@ def newest_weights(part=None):
         except BadInput:
             continue  # of another kind, old or damaged
     shipped = Path(__file__).parent / "weights" / "main_vae.pt"
-    copy = "shipped_VAE/weights_main_vae.pt"
-    warn(f"nothing was trained here: taking the collection's own weights, as {copy}")
+    trained = f"no {part}" if part else "nothing"
+    warn(f"{trained} was trained here: taking the collection's own weights, as {copy}")
     write(copy, shipped.read_bytes())
-    return copy
+    return str(copy)
 
 
 def script_of(weights):
@@ -538,6 +539,14 @@ def load_again(weights, data_dir, device, exclude_class=-1):
     if kind == "folder" and train.class_names != data["class_names"]:
         raise BadInput(f"{train.data_dir} holds other classes than the weights were trained on")
     return train, test
+
+
+def describe_source(weights, images):
+    """For titles: which script's weights these are, what they learnt, and what is shown."""
+    script, learnt = weights["script"], weights["data"]["name"]
+    if images.name == learnt:
+        return f"{script} on {learnt}"
+    return f"{script}, trained on {learnt}; images of {images.name}"
 
 
 def resize(pixels, size, channels):

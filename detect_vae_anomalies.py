@@ -438,7 +438,7 @@ def detect(
     shown = groups[0] if scorer.left_out >= 0 else easy_first[-1]
 
     weights, count = scorer.weights, len(held_out)
-    title = f"{weights['script']} on {scorer.train.name}, epoch {weights['epoch']}"
+    title = f"{common.describe_source(weights, scorer.train)}, epoch {weights['epoch']}"
     title += f"; threshold: the {percentile:g}th percentile of {count:,} clean test images"
     print(f"{path}: {title}")
     folder = Path(output_dir or Path(path).parent)

@@ -563,7 +563,7 @@ def of_data_set(name, data_dir, weights, device):
             device=device,
         )
     images, other = (train, test) if split == "train" else (test, train)
-    return Source(name, images, train, other)
+    return Source(f"{images.name}:{split}", images, train, other)
 
 
 def open_source(name, data_dir, num_images, seed, weights, device):

@@ -105,7 +105,7 @@ class Artist:
         script = common.script_of(weights)
         kwargs, data = weights["model_kwargs"], weights["data"]
         self.script = weights["script"]
-        self.title = f"{self.script} on {data['name']}: {Path(weights_path).name}"
+        source = f"{self.script} on {data['name']}"
         self.device = device
         self.shape = data["shape"]  # of an image: [C, H, W]
         self.black = -1 if data["normalize"] else 0  # white is 1
@@ -123,6 +123,8 @@ class Artist:
             self.encoder = encoder.to(device)
             self.network = decoder.to(device)
             _, self.test = common.load_again(weights, data_dir, device)
+            source = common.describe_source(weights, self.test)
+        self.title = f"{source}: {Path(weights_path).name}"
 
     @torch.inference_mode()
     def draw(self, z, vectors=None):
@@ -271,14 +273,14 @@ def save_animation(images, path):
     common.write(path, buffer.getvalue())
 
 
-def save_table(panels, path):
-    """A row for each kind of walk."""
+def save_table(panels, title, path):
+    """A row for each kind of walk. title: whose walks they are."""
     table = []
     for panel in panels:
         if panel.change is not None:
             mean, largest = panel.change.mean().item(), panel.change.max().item()
             row = {"walk": panel.title, "mean step (cross-fade = 1)": round(mean, 3)}
-            row["largest step"] = round(largest, 3)
+            row |= {"largest step": round(largest, 3), "model": title}
             print(f"{panel.title}: mean step {mean:.3f} of a cross-fade's, largest {largest:.3f}")
             table.append(row)
     common.write(path, table)
@@ -498,7 +500,7 @@ def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, fr
         panels.append(class_panel(artist, start, t))
     panels.append(sweep_panel(artist, start[0], t, sweep))
     save_picture(panels, artist.title, folder / "latent_space_interpolation.png")
-    save_table(panels, folder / "latent_space_interpolation.csv")
+    save_table(panels, artist.title, folder / "latent_space_interpolation.csv")
 
     walkers = torch.stack([closed_walk(artist.choose_points(stops), frames) for _ in range(4)])
     images = artist.draw(walkers).transpose(0, 1)  # (T, 4, C, H, W)

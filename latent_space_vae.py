@@ -308,8 +308,9 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
         describe_space(f"{latent_dim} latents", codes, 1.0, labels, neighbours, seed),
         describe_space("plane", places, shares.sum().item(), labels, neighbours, seed),
     ]
-    common.write(folder / "latents_space_2d.csv", table)
-    title = f"{weights['script']} on {weights['data']['name']}: {Path(path).name}"
+    rows = [{**row, "data": test.name} for row in table]
+    common.write(folder / "latents_space_2d.csv", rows)
+    title = f"{common.describe_source(weights, test)}: {Path(path).name}"
     facts = "\n".join(in_words(row) for row in table)
     print(f"{path}: {title}\n{facts}")
     of_all = [f"principal component ({share:.1%} of the variance)" for share in shares]

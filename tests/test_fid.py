@@ -556,7 +556,7 @@ def test_weights_of_a_folder_are_compared_with_the_pixels_of_training(tiny, tmp_
     source = fid.of_data_set("folder:train", "", weights, "cpu")
     assert torch.equal(source.images.pixels, trainer.train.pixels)
     result = measure(tmp_path, generated=path, features="classifier", num_images=20)
-    assert result["real"] == "folder:train" and result["real's N"] == 36
+    assert result["real"] == "folder mine$1$:train" and result["real's N"] == 36
 
 
 def test_the_jpeg_quality_of_training_is_asked_for_again(tmp_path, monkeypatch):

@@ -194,6 +194,7 @@ def test_the_table_tells_how_well_the_classes_can_be_told_apart(vae, table):
     with open(vae.parent / "latents_space_2d.csv", newline="") as file:
         rows = list(csv.DictReader(file))
     assert [row.pop("space") for row in rows] == ["6 latents", "plane"]
+    assert [row.pop("data") for row in rows] == ["digits", "digits"]
     assert list(rows[0]) == [
         "share of the variance",
         "10 nearest neighbours right",

@@ -54,8 +54,13 @@ def test_without_own_weights_those_of_the_collection_are_taken(
     monkeypatch.setattr(common, "load_torchvision", no_network)
     monkeypatch.chdir(tmp_path)
     assert run_here(script, "--device", "cpu") == 0
-    told = capsys.readouterr().err
-    assert "nothing was trained here" in told and "NOT MNIST" in told
+    told_out, told = capsys.readouterr()
+    assert "was trained here: taking the collection's own weights" in told and "NOT MNIST" in told
+    # what is shown is no MNIST, and every result says so
+    digits = "digits (bundled, in place of mnist)"
+    assert f"trained on mnist; images of {digits}" in told_out
+    for table in Path("shipped_VAE").glob("l*.csv"):
+        assert digits in table.read_text(encoding="utf-8")
     assert {path.suffix for path in Path("shipped_VAE").iterdir()} >= {".pt", ".png", ".csv"}
 
 
@@ -66,6 +71,8 @@ def test_own_weights_come_first(tmp_path, monkeypatch):
     )
     assert common.newest_weights() == str(Path("a/weights_1.pt"))
     assert common.newest_weights("encoder") == "shipped_VAE/weights_main_vae.pt"
+    # the copy is newer now, but was not trained here
+    assert common.newest_weights() == str(Path("a/weights_1.pt"))
 
 
 def test_packing_halves_the_size_and_keeps_the_picture(tmp_path, monkeypatch):
