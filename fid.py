@@ -5,8 +5,8 @@ paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500
         precision and recall: Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991
         resize `clean`: Parmar et al. 2022, https://arxiv.org/abs/2104.11222
 run:    python fid.py --generated mnist_GAN/weights_epoch_20.pt --features classifier
-writes: scores/: {metric}_of_{generated}.json, and .png (generated images above the
-        real images nearest to them);
+writes: scores/: {metric}_of_{generated}.json (with --real: _from_{real}), and .png
+        (generated images above the real images nearest to them);
         .fid/ beside the data: features of the real images, and the classifier,
         so that they are computed once
 expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149, 70.7
@@ -445,7 +445,8 @@ def choose_network(features, train, data_dir, device, resize="clean", weights_pa
             advice = f"put {name} into {data_dir}, or take the classifier's features"
             require(features == "auto", f"{why}; {advice}")
             common.warn(f"WARNING: NO FID. {why}. It is a classifier's distance instead.")
-    require(train, "a classifier needs labels: --real mnist:train or the like")
+    labels = "--real mnist:train or the like, or a folder with a sub-folder for each class"
+    require(train, f"a classifier needs labels: {labels}")
     return classifier_features(train)
 
 
@@ -491,7 +492,7 @@ class Source:
 
     name: str
     images: common.Images | None = None
-    train: common.Images | None = None  # of a data set: its training images
+    train: common.Images | None = None  # with labels, for a classifier: those of training
     other: common.Images | None = None  # of a data set: its other split
     weights: dict | None = None  # of a weights file: what it holds
     statistics: Statistics | None = None  # of an .npz
@@ -542,7 +543,7 @@ def of_folder(folder):
     pixels = torch.cat([train[0], test[0]])
     labels = torch.cat([train[1], test[1]])
     images = common.Images(pixels, labels, class_names, folder, "folder", folder)
-    return Source(folder, images)
+    return Source(folder, images, train=images if len(class_names) > 1 else None)
 
 
 def of_data_set(name, data_dir, weights, device):
@@ -669,6 +670,8 @@ def main(source_kwargs, metric_kwargs):
         other = measure(reals.other, network, count, batch_size)
         result |= {"floor": real.distance(other), "floor's N": other.n}
     words = [network.metric, "of", *Path(fakes.name).parts[-2:]]
+    if settings["real"]:
+        words += ["from", *Path(reals.name).parts[-2:]]
     stem = re.sub(r"[^\w.]+", "_", " ".join(words))
     path = Path(settings["output_dir"]) / stem
     classes = {}

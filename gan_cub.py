@@ -114,6 +114,10 @@ def check_settings(settings):
 
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
+
+    A key of your own goes into a dict and into the signature that its dict is
+    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
+    are refused, since they were trained without it.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -335,8 +339,9 @@ def r3gan_generator_loss(real_logits, fake_logits):
 
 
 # The key "loss" chooses a line here. To add a loss, write its two functions
-# above, its line below and one in LOSS_DEFAULTS; what it needs beside them
-# goes where the Trainer asks for "wgan-gp" or for "r3gan".
+# above, its line below and one in LOSS_DEFAULTS, and name it in the comment of
+# the key. A penalty_weight above 0 adds R1 and R2 to every loss but wgan-gp;
+# what else a loss needs goes where the Trainer asks for "wgan-gp" or "r3gan".
 LOSSES = {
     "gan": (gan_discriminator_loss, gan_generator_loss),
     "lsgan": (lsgan_discriminator_loss, lsgan_generator_loss),

@@ -99,6 +99,10 @@ def check_settings(settings):
 
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
+
+    A key of your own goes into a dict and into the signature that its dict is
+    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
+    are refused, since they were trained without it.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -467,8 +471,9 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here; epochs count from 1, in a continued run too.
-            # From 0.001, for example, by ten per cent an epoch:
+            # A decay goes here, from the epoch alone (they count from 1, in a
+            # continued run too), since an interrupted epoch begins twice. With a
+            # first rate of 0.001, for example:
             #     self.lr.fill_(0.001 * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)
             self.beta.fill_(beta)

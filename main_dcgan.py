@@ -35,7 +35,7 @@ dataset_kwargs = {
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
-    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: the data set's own size
+    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 of MNIST, 16 of sprites, else 32
     "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
@@ -67,6 +67,10 @@ def check_settings(settings):
     load_data and Run check the other keys of dataset_kwargs and run_kwargs.
     What they refuse is a common.BadInput, which ends the script with exit
     status 2.
+
+    A key of your own goes into a dict and into the signature that its dict is
+    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
+    are refused, since they were trained without it.
     """
     for key in ("latent_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -349,7 +353,9 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here; epochs count from 1, in a continued run too:
+            # A decay goes here, from the epoch alone (they count from 1, in a
+            # continued run too), since an interrupted epoch begins twice. With a
+            # first rate of 0.0002, for example:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images)

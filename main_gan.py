@@ -60,6 +60,10 @@ def check_settings(settings):
 
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
+
+    A key of your own goes into a dict and into the signature that its dict is
+    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
+    are refused, since they were trained without it.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -276,8 +280,9 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here; epochs count from 1, in a continued run too.
-            # From a generator_lr of 0.0002, for example, by one per cent an epoch:
+            # A decay goes here, from the epoch alone (they count from 1, in a
+            # continued run too), since an interrupted epoch begins twice. With a
+            # first rate of 0.0002, for example, by one per cent an epoch:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels

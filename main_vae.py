@@ -63,6 +63,10 @@ def check_settings(settings):
 
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
+
+    A key of your own goes into a dict and into the signature that its dict is
+    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
+    are refused, since they were trained without it.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")

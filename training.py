@@ -179,7 +179,8 @@ class Run:
             weights = self.last_weights
             print(f"pictures and weights are in {self.folder}/; to explore and to score them:")
             print(f"  python latent_space_interpolation.py --weights_path {weights}")
-            print(f"  python fid.py --features classifier --generated {weights}", flush=True)
+            if self.train.dataset_type in common.DATASET_TYPES:  # else it needs --real
+                print(f"  python fid.py --features classifier --generated {weights}", flush=True)
 
     def batches(self):
         """Yield (images, labels) of the epoch, on the device."""
@@ -221,12 +222,16 @@ class Run:
             self.graph = Graph(step, self)
         values = self.graph(*inputs) if self.graph else step(*inputs)
         if self.names != list(values):  # the first step, or the script's scalars have changed
-            self.set_columns(list(values))
+            self.set_columns(values)
         with torch.no_grad():
             torch.stack(tuple(values.values()), out=self.rows[self.step])
 
-    def set_columns(self, names):
+    def set_columns(self, values):
         """A row for each step of the epoch, NaN where a column was not measured yet."""
+        names = list(values)
+        for name, value in values.items():
+            if not isinstance(value, torch.Tensor):
+                raise TypeError(f"{name!r}: `step` must return tensors, not {value!r}")
         shape = len(self.sizes), len(names)
         rows = torch.full(shape, float("nan"), device=self.device)
         for column, name in enumerate(names):
@@ -235,10 +240,12 @@ class Run:
         self.names, self.rows = names, rows
 
     def end_epoch(self, measured):
-        """Add a row to the history: means of the steps' scalars, and `measured` {column: value}.
+        """Add a row to the history: means of the steps' scalars, and `measured` {column: number}.
 
         Returns the history, a list of such rows.
         """
+        twice = ", ".join(name for name in measured if name in self.names)
+        require(not twice, f"{twice}: `step` and end_epoch may not have a column of the same name")
         rows = self.check_losses()
         finite = [p.isfinite().all() for network in self.networks for p in network.parameters()]
         if not all(finite):
@@ -246,7 +253,9 @@ class Run:
         sizes = torch.tensor(self.sizes, dtype=torch.float64)[:, None] * ~rows.isnan()
         means = (sizes * rows.double().nan_to_num()).sum(0) / sizes.sum(0)
         row = {self.unit: self.epoch * self.unit_size, "data": self.train.name}
-        row |= dict(zip(self.names, means.tolist())) | measured
+        row |= dict(zip(self.names, means.tolist()))
+        for name, value in measured.items():
+            row[name] = value.item() if hasattr(value, "item") else value  # of torch or numpy
         self.history.append(row)
         if self.bar.disable:
             self.print_line(row)
@@ -263,7 +272,7 @@ class Run:
 
     def show(self, rows):
         """The latest scalars in the bar. rows: those of the epoch's steps so far."""
-        latest = {name: f"{value:.3f}" for name, value in zip(self.names, rows[-1].tolist())}
+        latest = {name: f"{value:.4g}" for name, value in zip(self.names, rows[-1].tolist())}
         self.bar.set_description(self.count(self.epoch), refresh=False)
         self.bar.set_postfix(latest, refresh=False)
 
@@ -271,7 +280,7 @@ class Run:
         """A line for an epoch: its row of the history, and the time that is left."""
         seconds = (time.monotonic() - self.begun) / max(1, self.step - self.first_step)
         left = (self.num_epochs - self.epoch) * len(self.sizes) * seconds / 60
-        numbers = [f"{name} {v:.3f}" for name, v in row.items() if isinstance(v, float)]
+        numbers = [f"{name} {value:.4g}" for name, value in list(row.items())[2:]]
         place = f"{self.count(self.epoch)}/{self.num_epochs * self.unit_size}"
         print(place, *numbers, f"{left:.1f} min left", sep="  ", flush=True)
 

@@ -292,6 +292,26 @@ def test_a_history_keeps_its_rows_when_a_column_is_added(in_mid_epoch, gan, here
     assert [row["answer"] for row in rows] == ["", "44.0", "45.0", ""]
 
 
+def test_a_measured_value_may_be_of_torch_or_numpy(gan, here, monkeypatch, capsys):
+    end_epoch = training.Run.end_epoch
+    more = {"rate": torch.tensor(0.0002), "largest": np.float32(3), "count": 7}
+    monkeypatch.setattr(training.Run, "end_epoch", lambda run, row: end_epoch(run, row | more))
+    for number in (1, 2):  # continued, too
+        row = gan(num_epochs=number).run.history[-1]
+        assert [row["rate"], row["largest"], row["count"]] == [pytest.approx(0.0002), 3.0, 7]
+    assert [row["count"] for row in read_history("out")] == ["7", "7"]
+    assert capsys.readouterr().out.count("rate 0.0002  largest 3  count 7  ") == 2
+
+
+def test_a_scalar_that_cannot_be_kept_is_named(gan, here, monkeypatch):
+    monkeypatch.setattr(main_gan.Trainer, "step", lambda _, real: {"size": len(real)})
+    with pytest.raises(TypeError, match="'size': `step` must return tensors, not 500"):
+        gan(num_epochs=1)
+    monkeypatch.setattr(main_gan.Trainer, "step", lambda _, real: {"diversity": real.mean()})
+    with pytest.raises(common.BadInput, match="diversity: `step` and end_epoch may not"):
+        gan(num_epochs=1)
+
+
 @pytest.mark.parametrize("change", ["loss", "weights"])
 def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
     change, gan, here, monkeypatch

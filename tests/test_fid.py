@@ -353,6 +353,29 @@ def measure(tmp_path, **overrides):
     return result
 
 
+def test_two_folders_by_a_classifier_of_their_classes(quick, tmp_path, capsys):
+    for folder, shift in (("one", 0), ("two", 9)):
+        for number in range(40):
+            path = tmp_path / folder / ("dark" if number % 2 else "bright") / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng(number + shift)
+            pixels = rng.integers(0, 128, (16, 16, 3), np.uint8) + (0 if number % 2 else 127)
+            Image.fromarray(pixels.astype(np.uint8)).save(path)
+    folders = {"generated": tmp_path / "one", "real": tmp_path / "two", "features": "classifier"}
+    result = measure(tmp_path, **folders)
+    assert result["N"] == result["real's N"] == 40 and "asked class" in result
+    assert result["classifier distance"] > 0
+    # and against other real images: both results stay
+    measure(tmp_path, **{**folders, "real": tmp_path / "one"})
+    assert len(list((tmp_path / "scores").glob("*.json"))) == 2
+    for number in range(40):
+        path = tmp_path / "flat" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.full((16, 16, 3), number, np.uint8)).save(path)
+    with pytest.raises(common.BadInput, match="a folder with a sub-folder for each class"):
+        measure(tmp_path, **{**folders, "real": tmp_path / "flat"})
+
+
 def test_a_data_set_against_itself(digits, quick, tmp_path, capsys, monkeypatch):
     kwargs = {
         "generated": "digits:test",
@@ -371,7 +394,7 @@ def test_a_data_set_against_itself(digits, quick, tmp_path, capsys, monkeypatch)
     value, error = result["kernel classifier distance"], result["standard error"]
     assert 0.5 < result["precision"] <= 1 and abs(value) < 10 * error
     names = sorted(path.name for path in (tmp_path / "scores").iterdir())
-    stem = "classifier_distance_of_digits_test"
+    stem = "classifier_distance_of_digits_test_from_digits_train"
     assert names == [f"{stem}.{end}" for end in ("json", "png")]
     classes = result["classes"]
     for column in ("mean class distance", "asked class", "diversity within class"):

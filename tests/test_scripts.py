@@ -415,7 +415,7 @@ def test_an_older_version_s_weights_are_refused_in_one_line(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_every_script_takes_a_data_set_of_one_s_own(name, tmp_path, monkeypatch, no_curves):
+def test_every_script_takes_a_data_set_of_one_s_own(name, tmp_path, monkeypatch, no_curves, capsys):
     script = importlib.import_module(name)
     monkeypatch.chdir(tmp_path)
     images = helpers.OwnDataset(size=16)
@@ -429,6 +429,8 @@ def test_every_script_takes_a_data_set_of_one_s_own(name, tmp_path, monkeypatch,
     bright = train.pixels.float().mean((1, 2, 3)) > 128
     assert train.labels.equal(bright.long())
     assert helpers.read_history("out")[0]["data"] == "OwnDataset"
+    said = capsys.readouterr().out  # fid.py could not load these data by itself
+    assert "latent_space_interpolation.py --weights_path" in said and "fid.py" not in said
     weights = torch.load(next(tmp_path.glob("out/weights_*.pt")), weights_only=True)
     assert weights["data"]["dataset_type"] == "OwnDataset"
     assert weights["data"]["shape"] == list(train.pixels.shape[1:])
