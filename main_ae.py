@@ -381,7 +381,8 @@ class Trainer:
     def losses(self, encoder, decoder, x):
         """Images x (N, C, H, W) -> loss, reconstruction and KL per image.
 
-        z is sampled in validation too, so that train and test losses can be
+        With beta 1 a VAE's loss is the negative evidence lower bound (ELBO). z is
+        sampled in validation too, so that train and test losses can be
         compared.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
