@@ -446,6 +446,7 @@ def detect(
     save_borderline([clean, shown], scorer, threshold, folder)
     rows = judge_all(clean, easy_first, thresholds, bootstrap, seed)
     common.write(folder / "anomaly_detection.csv", rows)
+    print(f"pictures and table are in {folder}/")
     return rows
 
 

@@ -324,6 +324,7 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
     # the page computes: place = axes (mu - mean), and back, z = mean + axes^T place
     data |= {"mean": rounded(mean), "axes": rounded(axes), **describe_errors(errors)}
     save_page(data, encoder, decoder, test, folder / "latents_space_2d.html")
+    print(f"picture, table and page are in {folder}/")
     return table
 
 

@@ -382,8 +382,7 @@ class Trainer:
         """Images x (N, C, H, W) -> loss, reconstruction and KL per image.
 
         With beta 1 a VAE's loss is the negative evidence lower bound (ELBO). z is
-        sampled in validation too, so that train and test losses can be
-        compared.
+        sampled in validation too, so that train and test losses can be compared.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)

@@ -251,8 +251,8 @@ class Trainer:
         """Images x (N, image_size) -> loss, reconstruction and KL, in nats per image.
 
         The loss is the negative evidence lower bound (ELBO), -E[log p(x|z)] + KL
-        (Kingma and Welling, eq. 3). z is sampled in validation too, so that train and test losses can be
-        compared.
+        (Kingma and Welling, eq. 3). z is sampled in validation too, so that train
+        and test losses can be compared.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = self.encoder(x)

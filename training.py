@@ -169,9 +169,15 @@ class Run:
         common.write(self.folder / "run.html", common.fill_page("run.html", data))
 
     def set_aside(self):
-        """Rename the checkpoint of an earlier run, so that starting over loses nothing."""
+        """Move what an earlier run left into a folder of its own: starting over loses nothing."""
         made = time.strftime("%Y%m%d_%H%M%S", time.gmtime(self.path.stat().st_mtime))
-        os.replace(self.path, self.folder / f"checkpoint_of_{made}.pt")
+        old = self.folder / f"run_of_{made}"
+        while old.exists():
+            old = old.with_name(f"{old.name}_")
+        old.mkdir()
+        for pattern in ("*.png", "weights_*.pt", "history.csv", "run.html", "checkpoint.pt"):
+            for path in self.folder.glob(pattern):
+                path.rename(old / path.name)
 
     def say_where(self):
         """At the end: where the pictures lie, and what to run next."""

@@ -189,8 +189,9 @@ def test_more_epochs_go_on_and_as_many_do_nothing(gan, here, capsys):
     assert files(here / "out") == before
 
 
-def test_resume_false_starts_over_and_keeps_the_old_checkpoint(gan, here):
+def test_resume_false_starts_over_and_keeps_the_old_run(gan, here):
     gan(num_epochs=2)
+    before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
     old = (here / "out" / "checkpoint.pt").read_bytes()
     gan(num_epochs=0, resume=False)  # a mere check moves nothing
     with pytest.raises(common.BadInput):
@@ -198,8 +199,17 @@ def test_resume_false_starts_over_and_keeps_the_old_checkpoint(gan, here):
     assert (here / "out" / "checkpoint.pt").read_bytes() == old
     history = gan(num_epochs=1, resume=False).run.history
     assert [row["epoch"] for row in history] == [1]
-    assert [path.read_bytes() for path in (here / "out").glob("checkpoint_of_*.pt")] == [old]
     assert (here / "out" / "checkpoint.pt").read_bytes() != old
+    # the old run lies in a folder of its own, and the new one has none of its pictures
+    (kept,) = (here / "out").glob("run_of_*")
+    assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
+    assert len(before) == 7 and not list((here / "out").glob("*_epoch_2.*"))
+    assert "epoch_2" not in (here / "out" / "run.html").read_text(encoding="utf-8")
+    # and can be continued there
+    moved = f"out/{kept.name}"
+    assert len(gan(num_epochs=3, output_dir=moved).run.history) == 3
+    gan(num_epochs=1, resume=False)
+    assert len(list((here / "out").glob("run_of_*"))) == 2
 
 
 class Bomb:

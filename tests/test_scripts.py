@@ -397,7 +397,7 @@ def test_an_older_version_s_checkpoint_is_refused_in_one_line(tmp_path, monkeypa
     assert error.count("\n") == 1 and "older version" in error and "--resume false" in error
     assert files(tmp_path / "out") == before
     assert run_here(main_gan, *small_options("main_gan", num_epochs=1), "--resume", "false") == 0
-    kept = [path.read_bytes() for path in (tmp_path / "out").glob("checkpoint_of_*.pt")]
+    kept = [path.read_bytes() for path in (tmp_path / "out").glob("run_of_*/checkpoint.pt")]
     assert kept == list(before.values())
 
 
