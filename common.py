@@ -467,8 +467,15 @@ def load_data(
 
 
 def kind_of(dataset_type):
-    """The name of a data set, or that of the class of a torch Dataset from Python."""
-    return dataset_type if isinstance(dataset_type, str) else type(dataset_type).__name__
+    """The name of a data set, or that of the class of a torch Dataset from Python.
+
+    Raises BadInput for a name that there is not.
+    """
+    if not isinstance(dataset_type, str):
+        return type(dataset_type).__name__
+    legal = f"dataset_type must be one of {', '.join(DATASET_TYPES)}, not {dataset_type!r}"
+    require(dataset_type in DATASET_TYPES, legal)
+    return dataset_type
 
 
 def read_data_set(dataset_type, data_dir, channels, image_size, jpeg_quality, allow_fallback):
@@ -481,8 +488,6 @@ def read_data_set(dataset_type, data_dir, channels, image_size, jpeg_quality, al
     tenth is held out where there is no test split. image_size: 0 is its own, or 32.
     """
     loaded = kind_of(dataset_type)
-    legal = f"dataset_type must be one of {', '.join(DATASET_TYPES)}, not {loaded!r}"
-    require(loaded in DATASET_TYPES or loaded != dataset_type, legal)
     require(image_size >= 0, "image_size must be at least 1, or 0 for the data set's own")
     require(channels in (1, 3), "image_channels must be 1 (grey) or 3 (colour)")
     require(0 <= jpeg_quality <= 100, "jpeg_quality must be between 0 and 100")

@@ -164,6 +164,12 @@ def test_what_is_computed_may_not_change_and_how_it_is_computed_may(gan, here, m
         assert [row["epoch"] for row in history] == list(range(1, number + 1))
 
 
+def test_a_misspelt_data_set_is_told_from_another_one(gan, here):
+    gan(num_epochs=1)
+    with pytest.raises(common.BadInput, match="^dataset_type must be one of .*, not 'minst'$"):
+        gan(dataset_type="minst")
+
+
 def test_other_data_than_before_are_refused(gan, here, monkeypatch):
     """MNIST is there in the first run; in the second one it is gone, and digits stand in."""
     helpers.cut_off_network(monkeypatch)
