@@ -2,21 +2,21 @@
 
 paper:  An and Cho 2015, Variational Autoencoder based Anomaly Detection using Reconstruction
         Probability, Special Lecture on IE, Seoul National University (their probability is
-        E log p(x|z); the negative ELBO adds the KL to it)
+        E log p(x|z); the negative ELBO is the KL minus it)
         Davis and Goadrich 2006, The Relationship Between Precision-Recall and ROC Curves, ICML
         (why points of a precision-recall curve are not joined by straight lines)
         Sun et al. 2022, Out-of-Distribution Detection with Deep Nearest Neighbors,
         https://arxiv.org/abs/2204.06507 (they too leave out the length of a feature vector, and
-        take the distance to the k-th neighbour of a classifier's features)
-run:    python detect_vae_anomalies.py      (takes the newest weights with an encoder)
-        python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4
-        (that digit is then one of the anomalies)
+        take the distance to the k-th nearest training image in a classifier's features)
+run:    python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4
+        (train first; that digit is then one of the anomalies)
+        python detect_vae_anomalies.py      (takes the newest weights with an encoder)
 writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png,
         anomaly_detection.csv
-expect: MNIST, one digit left out, 10 epochs, mean AUROC of the ten digits: with 32 latents
-        reconstruction 0.706, latent distance 0.923, feature distance 0.953; with 2 latents
-        reconstruction 0.773, latent distance 0.457; pixel distance, which needs no network,
-        0.852; a minute each on one core of an AMD EPYC
+expect: MNIST, ten models, each trained for 10 epochs without one digit; mean AUROC of that
+        digit: with 32 latents reconstruction 0.706, latent distance 0.923, feature distance
+        0.953; with 2 latents reconstruction 0.773, latent distance 0.457; pixel distance,
+        which needs no network, 0.852; a minute a model on one core of an AMD EPYC
 """
 
 import math
@@ -38,8 +38,8 @@ source_kwargs = {
 }
 detection_kwargs = {
     "other_data": "auto",  # auto | mnist | fashion_mnist | cifar10 | digits | none, as anomalies
-    "num_images": 1000,  # anomalies of each kind; of a class left out of training all there are
-    "num_train": 60000,  # training images among which the nearest is looked for
+    "num_images": 1000,  # anomalies of each kind; a class that was left out is used whole
+    "num_train": 60000,  # training images that are searched for the nearest
     "elbo_samples": 8,  # samples of z behind the negative ELBO
     "percentile": 95.0,  # of clean images' scores: what lies above is called an anomaly
     "bootstrap": 1000,  # resamples behind the 95 % intervals
@@ -127,7 +127,7 @@ def reconstruction_error(output, x):
     """-log p(x|z) up to a constant, summed over the pixels of each image x (N, C, H, W): (N,).
 
     Grey, x in [0, 1]: each pixel is a coin, and output its logits. Colour, x in [-1, 1]: squared
-    error. output may be flat.
+    error, which is for a Gaussian of variance 1/2. output may be flat.
     """
     output = output.view_as(x)
     if x.shape[1] == 1:
@@ -140,11 +140,15 @@ def reconstruction_error(output, x):
 class AnomalyScorer:
     """The encoder and decoder of a weights file give each image six scores.
 
-    The higher a score, the stranger the image. The reconstruction is from z = mu, so that there
-    is no noise in its error. Two scores are distances to the nearest training image: between
+    A higher score is meant to say: a stranger image. The reconstruction is from z = mu, so that
+    there is no noise in its error. Two scores are distances to the nearest training image: between
     codes mu, and between pixels, for which no network is needed. The feature distance compares
     directions in the encoder's last hidden layer with those of the ten nearest. Lengths are left
-    out: they grow with the ink, and distances with them, so that a 1 would be near to much.
+    out: they grow with the ink, and so do distances, so that a thin 1 would be close to many
+    images. An autoencoder, which has no KL, gives four scores.
+
+    A score of your own is a line in `score`; what it needs of the training images is kept in
+    __init__. Threshold and table follow by themselves.
     """
 
     @torch.inference_mode()
@@ -158,7 +162,7 @@ class AnomalyScorer:
         self.left_out = weights["dataset_kwargs"].get("exclude_class", -1)
         train, _ = common.load_again(weights, data_dir, device, exclude_class=self.left_out)
         self.train = train
-        self.black = -1 if train.normalize else 0  # for the networks; white is 1
+        self.black = -1 if train.normalize else 0  # the networks' value for black; white is 1
         count = min(num_train, len(train))
         index = torch.linspace(0, len(train) - 1, count, device=device).round().long()
         self.train_pixels = train.pixels[index].flatten(1) / 255  # (count, C H W)
@@ -440,13 +444,12 @@ def detect(
     weights, count = scorer.weights, len(held_out)
     title = f"{common.describe_source(weights, scorer.train)}, epoch {weights['epoch']}"
     title += f"; threshold: the {percentile:g}th percentile of {count:,} clean test images"
-    print(f"{path}: {title}")
     folder = Path(output_dir or Path(path).parent)
+    print(f"{path}: {title}; written to {folder}/")
     save_histograms(clean, easy_first, threshold, title, folder)
     save_borderline([clean, shown], scorer, threshold, folder)
     rows = judge_all(clean, easy_first, thresholds, bootstrap, seed)
     common.write(folder / "anomaly_detection.csv", rows)
-    print(f"pictures and table are in {folder}/")
     return rows
 
 

@@ -73,6 +73,7 @@ def check_settings(settings):
 def square_root(sigma):
     """A root (d, r) of the covariance sigma (d, d) = root @ root.T, in float64."""
     values, vectors = torch.linalg.eigh(torch.as_tensor(sigma, dtype=torch.float64))
+    # what is no larger than rounding errors (of the largest, which is the last) is no variance
     rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
     kept = values > rounding
     return vectors[:, kept] * values[kept].sqrt()
@@ -92,9 +93,10 @@ def distance_of_roots(mu1, root1, mu2, root2):
     traces = root1.square().sum() + root2.square().sum()
     apart = (mu1 - mu2).square().sum() + traces
     require(apart.isfinite(), "there are NaN or infinite features: look at the images")
-    # The eigenvalues of S1 S2 are the squared singular values of root1^T root2.
-    # So no number becomes complex, as it does in a matrix square root, and
-    # small ones keep their digits.
+    # The nonzero eigenvalues of S1 S2 are the squared singular values of
+    # root1^T root2. So the trace of (S1 S2)^(1/2), the sum of their roots, is
+    # the sum of the singular values. No number becomes complex, as it may in a
+    # matrix square root, and small ones keep their digits.
     overlap = torch.linalg.svdvals(root1.T @ root2).sum()
     return max(0.0, (apart - 2 * overlap).item())
 
@@ -115,8 +117,8 @@ def kernel_distance(real, fake, blocks=10):
     """KID of features (n, d) and (m, d), and its standard error (NaN from one block).
 
     It is the unbiased squared MMD for the kernel (x . y / d + 1)^3, eq. (4) of
-    Binkowski et al. Blocks share no image, so they are independent, and their spread
-    is an honest error.
+    Binkowski et al. It is a mean over blocks that share no image, so that their spread
+    tells the error.
     """
     smaller = min(len(real), len(fake))
     blocks = min(blocks, smaller // 2)
@@ -136,8 +138,8 @@ def kernel_distance(real, fake, blocks=10):
 def share_covered(points, others, k=3):
     """The share of points (m, d) that lie in the manifold of others (n, d).
 
-    The manifold is a ball around each of the others that reaches to its k-th neighbour,
-    eq. (1) of Kynkaanniemi et al. Precision is the share of generated images in the
+    The manifold is the union of balls around the others, each of which reaches to the
+    k-th neighbour, eq. (1) of Kynkaanniemi et al. Precision is the share of generated images in the
     manifold of the real ones, recall the reverse.
     """
     nth = min(k + 1, len(others))  # the first is the point itself
@@ -147,7 +149,7 @@ def share_covered(points, others, k=3):
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...), in pixels."""
+    """Mean Euclidean distance between any two of the images (N, ...), in grey levels."""
     return F.pdist(images.flatten(1).float()).mean().item()
 
 
@@ -169,7 +171,7 @@ def resized(images, resize):
     """uint8 (N, C, H, W) -> Inception's input (N, 3, 299, 299) in [-1, 1]."""
     size = 299, 299
     if resize == "legacy":
-        # as pytorch-fid: without antialiasing much of a large image is passed over
+        # as pytorch-fid: without antialiasing many pixels of a large image are never looked at
         images = 2 * F.interpolate(images / 255, size, mode="bilinear") - 1
     else:
         # as clean-fid: Pillow's bicubic on floats, and TensorFlow's (x - 128) / 128
@@ -179,7 +181,7 @@ def resized(images, resize):
 
 
 class InceptionBlock(nn.Module):
-    """A block of torchvision's Inception whose last branch, the pooling, is FID's."""
+    """A block of torchvision's Inception with another pooling in its last branch."""
 
     def __init__(self, block, pool):
         super().__init__()
@@ -187,6 +189,7 @@ class InceptionBlock(nn.Module):
 
     def forward(self, x):
         pooled = self.block.branch_pool(self.pool(x))
+        # the block's own pooled channels come last, and are cut off
         return torch.cat([self.block(x)[:, : -pooled.shape[1]], pooled], dim=1)
 
 
@@ -197,7 +200,7 @@ def load_inception(path):
     network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     # FID's averages do not count the padding, while torchvision's divide by
-    # nine everywhere; and its last block takes the maximum instead.
+    # nine everywhere; and FID's last block takes the maximum.
     average = nn.AvgPool2d(kernel_size=3, stride=1, padding=1, count_include_pad=False)
     for name, block in list(network.named_children()):
         if hasattr(block, "branch_pool"):  # the blocks A, C and E
@@ -216,9 +219,10 @@ def inception_features(weights_path, data_dir, resize, device):
     path = Path(weights_path or Path(data_dir) / Path(INCEPTION).name)
     if not weights_path and not path.is_file():
         common.download(INCEPTION, path, INCEPTION_SHA)
+    require(path.is_file(), f"there is no file {path}")
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     wrong = f"{path} does not hold the weights of FID's Inception"
-    require(found.startswith(INCEPTION_SHA), f"{wrong}: its SHA-256 is another")
+    require(found.startswith(INCEPTION_SHA), f"{wrong}: its SHA-256 is a different one")
     network = load_inception(path).to(device)
 
     def compute(images):
@@ -269,7 +273,7 @@ def train_classifier(network, train):
 
 
 def classifier_features(train):
-    """128 features of a small classifier of `train`, trained once. They give no FID."""
+    """128 features of a small classifier of `train`, trained once. A distance of them is no FID."""
     classes = len(train.class_names)
     require(classes > 1, f"{train.name} has no classes that a classifier could learn")
     channels, size, _ = train.pixels.shape[1:]
@@ -334,7 +338,7 @@ class Statistics:
     mu: torch.Tensor  # (d,) float64
     root: torch.Tensor  # (d, r) float64
     features: torch.Tensor | None = None  # (n, d) float32; not in an .npz
-    images: common.Images | None = None  # that they are of; not in an .npz
+    images: common.Images | None = None  # which they are of; not in an .npz
 
     def distance(self, other):
         """Squared Frechet distance. Raises BadInput for another number of features."""
@@ -351,7 +355,10 @@ def shuffled(count):
 @torch.inference_mode()
 @torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU's features equal a CPU's
 def measure(images, network, count, batch_size):
-    """Statistics of `count` of the images, or of all, in a random order."""
+    """Statistics of `count` of the images, or of all.
+
+    They are taken in a random order, so that the first of them are a fair sample.
+    """
     from tqdm import tqdm
 
     index = shuffled(len(images))[:count]
@@ -456,11 +463,11 @@ class Scorer:
         scorer = fid.Scorer(train, features="classifier", num_images=10000)
         run.end_epoch(scorer(generate))
 
-    generate(index) draws an image for each entry of index (n,), which are numbers below
+    generate(index) draws an image for each entry of index (n,), whose entries are below
     num_images. It returns images in [-1, 1], (n, C, H, W) or flattened, or also their
     labels: (images, labels). `name` is the column of the distance of all images.
     features: inception, classifier, or auto: Inception's if its weights can be had,
-    else the classifier's with a warning. Raises BadInput if they cannot be had.
+    else the classifier's with a warning. Raises BadInput if neither can be had.
     """
 
     @common.first_process_first()  # the others find what it trains or downloads
@@ -535,7 +542,7 @@ def of_statistics(path):
 def of_folder(folder):
     """The images below a folder, in colour; sub-folders are classes.
 
-    All are brought to the width of the first, and of others than squares the middle
+    All are brought to the width of the first; of an image that is not square the middle
     is taken.
     """
     width = common.open_image(common.image_files(folder)[0], "RGB").width
@@ -547,7 +554,7 @@ def of_folder(folder):
 
 
 def of_data_set(name, data_dir, weights, device):
-    """Such as mnist:test; for weights that were trained on it as it was then."""
+    """Such as mnist:test. If the weights were trained on it: in the shape of then."""
     kind, _, split = name.partition(":")
     legal = "no folder, .pt, .npz, or data set such as mnist:train or mnist:test"
     require(split in ("train", "test"), f"{name!r} is {legal}")
@@ -639,7 +646,7 @@ def print_result(result, statistics):
         words.append(f"{key} {short}")
     print("  ".join(words))
     for name, one in statistics.items():
-        if 0 < one.n < len(one.mu):
+        if 0 < one.n <= len(one.mu):
             common.warn(
                 f"warning: {name}: N {one.n} is few for {len(one.mu)} "
                 "features: without full rank the covariance makes the distance too "

@@ -44,7 +44,7 @@ model_kwargs = {
 dataset_kwargs = {
     "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images an iteration
-    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
     "jpeg_quality": 0,  # of cub, compressed after resizing (the course's: 75); 0 does not compress
@@ -67,7 +67,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores: right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
+    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
     "sample_every": 1000,  # iterations between scores, pictures, weights and checkpoints
 }
 experiment_kwargs = {
@@ -115,9 +115,9 @@ def check_settings(settings):
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the signature that its dict is
-    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
-    are refused, since they were trained without it.
+    A key of your own goes into a dict and into the parameters of what receives
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
+    before are refused, since they were trained without it.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -640,7 +640,7 @@ class Trainer:
         some = torch.arange(min(100, len(self.train)), device=self.train.device)
         real_distance = mean_distance(self.train.batch(some)[0])
         # 1 is as varied as the data; towards 0 all samples become alike: mode
-        # collapse. What is measured once a period becomes a column by this dict.
+        # collapse. For another column, measured once a period, add it to this dict.
         measured = {"diversity": mean_distance(self.sample(self.fixed_z)) / real_distance}
         if self.scorer:
             measured |= self.scorer(self.generate)  # {name of the distance: value}

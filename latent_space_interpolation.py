@@ -32,7 +32,7 @@ source_kwargs = {
 }
 picture_kwargs = {
     "rows": 8,  # walks of each kind
-    "steps": 10,  # images a walk, at least 2; also the points on each side of the sweep
+    "steps": 10,  # images a walk, at least 2; also the images along each side of the sweep
     "sweep": 1.0,  # standard deviations that two latents go to both sides while the others stay
     "stops": 5,  # points that the animation passes, at least 2
     "frames": 12,  # pictures of the animation from one point to the next
@@ -61,14 +61,14 @@ def lerp(start, end, t):
 def slerp(start, end, t):
     """The great circle: (sin((1 - t) w) start + sin(t w) end) / sin w, shapes as in lerp.
 
-    w is the angle between start and end. Ends of equal norm keep it all the way. Nearly all of
-    N(0, I) in D dimensions lies at sqrt(D) from 0. The middle of a straight line between two
-    such points lies at sqrt(D / 2), where training has hardly ever been. Where the ends are
-    nearly parallel or opposite, sin w vanishes, and the walk is the straight line.
+    w is the angle between start and end. If both have the same norm, so has every point between.
+    In many dimensions D nearly all of N(0, I) lies at sqrt(D) from 0. The middle of a straight
+    line between two such points lies at sqrt(D / 2), where training has hardly ever been. Where
+    the ends are nearly parallel or opposite, sin w vanishes, and the walk is the straight line.
     """
     cosine = F.cosine_similarity(start, end, dim=1).clamp(-1, 1)
     angle = cosine.acos()[:, None, None]  # (N, 1, 1)
-    # there the two differ by less than a millionth, or no great circle is the right one
+    # there line and circle differ by less than a millionth, or many circles join the ends
     near = angle.sin() < 1e-3
     sine = torch.where(near, 1, angle.sin())
     start_share = ((1 - t[:, None]) * angle).sin() / sine  # (N, T, 1)
@@ -85,11 +85,12 @@ def closed_walk(points, frames):
 
 
 def evenness(images):
-    """images (N, T, C, H, W) -> (N, T - 1): the change of each step, in units of a cross-fade's.
+    """images (N, T, C, H, W) -> (N, T - 1): how much each step changes, in units of a cross-fade.
 
     The change is the mean of |x' - x| over the pixels. A cross-fade from the first image to the
     last has 1 everywhere. The mean of a row is the length of its walk over that of the shortest
-    one, so it is never below 1. A leap shows as a step of up to T - 1 times the mean.
+    one, so it is never below 1 (but 0 where nothing changes). A leap shows as a step of up to
+    T - 1 times the mean.
     """
     change = images.diff(dim=1).abs().flatten(2).mean(2)  # (N, T - 1)
     whole = (images[:, -1] - images[:, 0]).abs().flatten(1).mean(1)  # (N,)
@@ -157,7 +158,7 @@ class Artist:
         return mu
 
     def choose_images(self, count):
-        """The numbers of `count` test images at random: (count,)."""
+        """The indices of `count` test images at random: (count,)."""
         return torch.randint(len(self.test), (count,)).to(self.device)
 
     def choose_points(self, count):
@@ -377,7 +378,7 @@ def export(module, weights):
         weight = weights.add(module.weight.T)  # (inputs, outputs)
         return [{"type": "linear", "weight": weight, "bias": weights.add(bias)}]
     if isinstance(module, nn.BatchNorm2d):
-        # a trained one multiplies each channel by a number and adds another
+        # in eval mode it multiplies each channel by a number and adds another
         factor = module.weight / (module.running_var + module.eps).sqrt()
         shift = module.bias - factor * module.running_mean
         return [{"type": "scale", "weight": weights.add(factor), "bias": weights.add(shift)}]
@@ -390,14 +391,14 @@ def export(module, weights):
 
 
 def export_network(artist, weights):
-    """The layers from z, beside which stands the vector of a class, to brightness in [0, 1]."""
+    """The layers from z (of a conditional generator followed by the class's vector) to [0, 1]."""
     layers = export(artist.network.model, weights)
     # what the scripts compute outside of their modules
     if artist.script == "gan_cub":
         layers.append({"type": "tanh"})
     if artist.encoder is not None and artist.black == 0:
         layers.append({"type": "sigmoid"})  # decoders of [0, 1] return logits
-    # The last layer also clamps, as the decoder of colour images in main_ae does.
+    # "brightness" also clamps, as the decoder of colour images in main_ae does
     layers.append({"type": "brightness", "black": artist.black})
     return layers
 
@@ -478,7 +479,11 @@ def save_page(artist, seed, path):
 
 
 def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, frames, seed, device):
-    """Write picture, table and animation; returns the panels of the picture."""
+    """Write picture, table, animation and page; returns the panels of the picture.
+
+    A walk of your own is one more Panel in the list `panels`, which has room for one more; with
+    `change` it is also in the table.
+    """
     device = common.choose_device(device)
     path = weights_path or common.newest_weights()
     artist = Artist(path, data_dir, device)

@@ -44,7 +44,7 @@ dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # pixels a side, a multiple of 8: MNIST's 28 are padded to 32
 }
@@ -63,8 +63,8 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
-    "sample_every": 5,  # epochs between pictures; also after the first epoch and the last
+    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "sample_every": 5,  # epochs between pictures and weights; also after the first and the last
 }
 experiment_kwargs = {
     "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; compares settings
@@ -100,9 +100,9 @@ def check_settings(settings):
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the signature that its dict is
-    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
-    are refused, since they were trained without it.
+    A key of your own goes into a dict and into the parameters of what receives
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
+    before are refused, since they were trained without it.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -328,9 +328,13 @@ class Trainer:
     epoch. run.batches gives the images of an epoch, run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true after the first epoch, every
-    sample_every, and the last. After each turn of the loop in `fit` run.epochs
-    writes history.csv, run.html and checkpoint.pt.
+    sampling needs. run.pictures_due is true every sample_every epochs, after
+    the first and after the last. After each turn of the loop in `fit`,
+    run.epochs writes history.csv, run.html and checkpoint.pt.
+
+    Under torchrun each process trains on images of its own with noise of its
+    own. All begin with equal networks, which stay equal, since gradients are
+    averaged; only the first one writes and prints.
 
     train, test: two common.Images, which lie on the device as a whole:
     train.pixels (M, C, H, W) are all images as uint8, and train.batch(index)
@@ -483,7 +487,7 @@ class Trainer:
                 # each epoch, and is that of the step just done:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # what is measured once an epoch becomes a column by this dict
+            # for another column, measured once an epoch, add it to this dict
             history = run.end_epoch({**self.evaluate(), "beta": beta})
             if run.pictures_due:
                 self.draw(epoch)

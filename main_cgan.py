@@ -30,7 +30,7 @@ import training
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
     "embedding_dim": 50,  # entries of the learned vector that stands for a class, beside z
-    "feature_maps": 16,  # channels next to the image; they double where the side halves
+    "feature_maps": 16,  # channels of the layer next to the image, which double as the side halves
     "conditioning": "projection",  # concat | projection: how D sees the class
     "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
@@ -40,7 +40,7 @@ dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 32,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 of MNIST, 16 of sprites, else 32
     "horizontal_flip": False,  # mirror half of the training images at random: not for digits
@@ -60,8 +60,8 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
-    "sample_every": 1,  # epochs between pictures; also after the first epoch and the last
+    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "sample_every": 1,  # epochs between pictures and weights; also after the first and the last
 }
 
 # {image_size: (side of the smallest feature map, doublings from it to the image)}
@@ -75,9 +75,9 @@ def check_settings(settings):
     What they refuse is a common.BadInput, which ends the script with exit
     status 2.
 
-    A key of your own goes into a dict and into the signature that its dict is
-    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
-    are refused, since they were trained without it.
+    A key of your own goes into a dict and into the parameters of what receives
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
+    before are refused, since they were trained without it.
     """
     for key in ("latent_dim", "embedding_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -126,8 +126,8 @@ class Generator(nn.Module):
         layers.append(nn.Tanh())  # the range of the data
         self.model = nn.Sequential(*layers)
         self.apply(init_weights)
-        # This is five times smaller than z. From N(0, 1) the label drowned z,
-        # and each class had only one picture.
+        # With a standard deviation of 0.2 it is five times smaller than z. With 1
+        # G ignored z, and all samples of a class were the same picture.
         nn.init.normal_(self.embedding.weight, 0.0, 0.2)
 
     def forward(self, z, labels):
@@ -152,8 +152,8 @@ class Discriminator(nn.Module):
     conditioning `concat`: a channel for each class is joined to the image. It
     is all 1 for the class of the label, and all 0 for the others.
     `projection`: the logit is psi(phi(x)) + V_y . phi(x), eq. (3) of Miyato
-    and Koyama. phi are the features of the image alone; a learned direction
-    V_y says which of them speak for class y.
+    and Koyama. phi are the features of the image, without its label; a learned
+    direction V_y says which of them speak for class y.
     """
 
     def __init__(self, feature_maps, conditioning, image_channels, image_size, num_classes):
@@ -190,7 +190,7 @@ class Discriminator(nn.Module):
         features = self.phi(x)
         logits = self.psi(features).flatten()  # (N,)
         if self.conditioning == "projection":
-            directions = self.directions(labels)  # (N, features)
+            directions = self.directions(labels)  # (N, width * side^2)
             logits = logits + (directions * features.flatten(1)).sum(1)
         return logits.float()
 
@@ -204,6 +204,11 @@ def init_weights(module):
         nn.init.normal_(module.weight, 0.0, 0.02)
     elif isinstance(module, nn.BatchNorm2d):
         nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+# For another loss, change these two functions, and give another --output_dir.
+# Where D's sigmoid is no longer a probability, D(x) and D(G(z)) in `step` and the
+# titles in `draw_curves` lose their meaning.
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -279,9 +284,13 @@ class Trainer:
     epoch. run.batches gives the images of an epoch, run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true after the first epoch, every
-    sample_every, and the last. After each turn of the loop in `fit` run.epochs
-    writes history.csv, run.html and checkpoint.pt.
+    sampling needs. run.pictures_due is true every sample_every epochs, after
+    the first and after the last. After each turn of the loop in `fit`,
+    run.epochs writes history.csv, run.html and checkpoint.pt.
+
+    Under torchrun each process trains on images of its own with noise of its
+    own. All begin with equal networks, which stay equal, since gradients are
+    averaged; only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -313,7 +322,7 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # Tensors, because a CUDA graph would go on with a number as it was.
+        # Tensors, because a recorded CUDA graph keeps the value of a number.
         # `fit` may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
@@ -453,7 +462,7 @@ class Trainer:
                 # each epoch, and is that of the step just done:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # what is measured once an epoch becomes a column by this dict
+            # for another column, measured once an epoch, add it to this dict
             measured = self.diversity()
             if self.scorer and epoch % self.score_every == 0:
                 measured |= self.scorer(self.generate)

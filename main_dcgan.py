@@ -24,7 +24,7 @@ import training
 
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
-    "feature_maps": 64,  # channels next to the image; they double where the side halves
+    "feature_maps": 64,  # channels of the layer next to the image, which double as the side halves
     "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
 # Your own images: a folder of them (dataset_type "folder"), or from Python any
@@ -33,7 +33,7 @@ dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 of MNIST, 16 of sprites, else 32
     "horizontal_flip": False,  # mirror half of the training images at random: not for digits
@@ -53,8 +53,8 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
-    "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
+    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "sample_every": 50,  # epochs between pictures and weights; also after the first and the last
 }
 
 # {image_size: (side of the smallest feature map, doublings from it to the image)}
@@ -68,9 +68,9 @@ def check_settings(settings):
     What they refuse is a common.BadInput, which ends the script with exit
     status 2.
 
-    A key of your own goes into a dict and into the signature that its dict is
-    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
-    are refused, since they were trained without it.
+    A key of your own goes into a dict and into the parameters of what receives
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
+    before are refused, since they were trained without it.
     """
     for key in ("latent_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -154,6 +154,11 @@ def init_weights(module):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
+# For another loss, change these two functions, and give another --output_dir.
+# Where D's sigmoid is no longer a probability, D(x) and D(G(z)) in `step` and the
+# titles in `draw_curves` lose their meaning.
+
+
 def discriminator_loss(real_logits, fake_logits):
     """Cross-entropy of D in nats: the negative of eq. (1) of Goodfellow et al. 2014.
 
@@ -211,9 +216,13 @@ class Trainer:
     epoch. run.batches gives the images of an epoch, run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true after the first epoch, every
-    sample_every, and the last. After each turn of the loop in `fit` run.epochs
-    writes history.csv, run.html and checkpoint.pt.
+    sampling needs. run.pictures_due is true every sample_every epochs, after
+    the first and after the last. After each turn of the loop in `fit`,
+    run.epochs writes history.csv, run.html and checkpoint.pt.
+
+    Under torchrun each process trains on images of its own with noise of its
+    own. All begin with equal networks, which stay equal, since gradients are
+    averaged; only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -244,7 +253,7 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # Tensors, because a CUDA graph would go on with a number as it was.
+        # Tensors, because a recorded CUDA graph keeps the value of a number.
         # `fit` may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
@@ -366,7 +375,7 @@ class Trainer:
             samples = self.sample(self.fixed_z)
             # 1 is as varied as the data; towards 0 is mode collapse: all alike
             diversity = mean_distance(samples) / self.real_distance
-            # what is measured once an epoch becomes a column by this dict
+            # for another column, measured once an epoch, add it to this dict
             measured = {"diversity": diversity}
             if self.scorer and epoch % self.score_every == 0:
                 measured |= self.scorer(self.generate)

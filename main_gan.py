@@ -34,7 +34,7 @@ dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
 }
 trainer_kwargs = {
@@ -50,8 +50,8 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
-    "sample_every": 50,  # epochs between pictures; also after the first epoch and the last
+    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "sample_every": 50,  # epochs between pictures and weights; also after the first and the last
 }
 
 
@@ -61,9 +61,9 @@ def check_settings(settings):
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the signature that its dict is
-    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
-    are refused, since they were trained without it.
+    A key of your own goes into a dict and into the parameters of what receives
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
+    before are refused, since they were trained without it.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -174,9 +174,13 @@ class Trainer:
     epoch. run.batches gives the images of an epoch, run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true after the first epoch, every
-    sample_every, and the last. After each turn of the loop in `fit` run.epochs
-    writes history.csv, run.html and checkpoint.pt.
+    sampling needs. run.pictures_due is true every sample_every epochs, after
+    the first and after the last. After each turn of the loop in `fit`,
+    run.epochs writes history.csv, run.html and checkpoint.pt.
+
+    Under torchrun each process trains on images of its own with noise of its
+    own. All begin with equal networks, which stay equal, since gradients are
+    averaged; only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, 1, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -207,7 +211,7 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, because a CUDA graph would go on with a number as it was.
+        # Tensors, because a recorded CUDA graph keeps the value of a number.
         # `fit` may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
@@ -295,7 +299,7 @@ class Trainer:
             samples = self.sample(self.fixed_z)
             # 1 is as varied as the data; towards 0 is mode collapse: all alike
             diversity = mean_distance(samples) / self.real_distance
-            # what is measured once an epoch becomes a column by this dict
+            # for another column, measured once an epoch, add it to this dict
             history = run.end_epoch({"diversity": diversity})
             if run.pictures_due:
                 self.draw(epoch)

@@ -36,7 +36,7 @@ dataset_kwargs = {
     "batch_size": 128,  # images a step; 16 is slow, since Adam rewrites every weight once a step
     "shuffle": True,  # a new order every epoch
     "normalize": False,  # pixels in [0, 1], which the likelihood needs; true ([-1, 1]) is refused
-    "data_dir": "data",  # where the data lie or are downloaded to; the directory of a folder
+    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "exclude_class": -1,  # a label to leave out, for detect_vae_anomalies.py to find; -1 keeps all
 }
@@ -53,8 +53,8 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt; false starts over; other settings are refused
-    "sample_every": 10,  # epochs between pictures; also after the first epoch and the last
+    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "sample_every": 10,  # epochs between pictures and weights; also after the first and the last
 }
 
 
@@ -64,9 +64,9 @@ def check_settings(settings):
     load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
     refuse is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the signature that its dict is
-    spent on (of trainer_kwargs: Trainer.__init__). Checkpoints from before it
-    are refused, since they were trained without it.
+    A key of your own goes into a dict and into the parameters of what receives
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
+    before are refused, since they were trained without it.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -135,14 +135,14 @@ class Decoder(nn.Module):
 
 
 def init_weights(module):
-    """He et al. 2015: no layer shrinks its input. torch's own start is 2.4 times smaller."""
+    """He et al. 2015: a signal keeps its size. torch's own start is 2.4 times smaller."""
     if isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(module.bias)
 
 
 def reparameterize(mu, logvar):
-    """z = mu + sigma noise with noise ~ N(0, I), all (N, latent_dim).
+    """z = mu + sigma * noise with noise ~ N(0, I), all (N, latent_dim).
 
     This is a sample of N(mu, sigma^2) through which gradients reach mu and
     sigma.
@@ -160,6 +160,9 @@ def reconstruction_loss(logits, x):
     over pixels would weigh the KL 784 times too much. Grey pixels count as
     the probability of ink, so these nats do not compare with those that are
     published for binarised MNIST.
+
+    Another loss goes here, and into bound_on_log_likelihood; the decoder's
+    `sample` has the sigmoid. Then give another --output_dir.
     """
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
@@ -177,8 +180,8 @@ def importance_weighted_bound(mu, logvar, log_likelihood, k):
     """A lower bound on log p(x) in nats, (N,): eq. (8) of Burda et al. with k samples.
 
     The bound is the expectation of log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x),
-    where the z_i are drawn from q(z|x) = N(mu, sigma^2); what returns is one
-    draw of it. mu, logvar: (N, D); log_likelihood(z) gives log p(x|z), (N,).
+    where the z_i are drawn from q(z|x) = N(mu, sigma^2); what is returned is
+    an estimate of it from one draw. mu, logvar: (N, D); log_likelihood(z) gives log p(x|z), (N,).
     With k = 1 it is the VAE's own bound, the negative loss; as k grows, it
     rises towards log p(x).
     """
@@ -200,9 +203,13 @@ class Trainer:
     epoch. run.batches gives the images of an epoch, run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true after the first epoch, every
-    sample_every, and the last. After each turn of the loop in `fit` run.epochs
-    writes history.csv, run.html and checkpoint.pt.
+    sampling needs. run.pictures_due is true every sample_every epochs, after
+    the first and after the last. After each turn of the loop in `fit`,
+    run.epochs writes history.csv, run.html and checkpoint.pt.
+
+    Under torchrun each process trains on images of its own with noise of its
+    own. All begin with equal networks, which stay equal, since gradients are
+    averaged; only the first one writes and prints.
 
     train, test: two common.Images, which lie on the device as a whole:
     train.pixels (M, 1, H, W) are all images as uint8, and train.batch(index)
@@ -352,7 +359,7 @@ class Trainer:
                 # each epoch, and is that of the step just done:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # what is measured once an epoch becomes a column by this dict
+            # for another column, measured once an epoch, add it to this dict
             measured = self.evaluate()
             if epoch == self.num_epochs and self.iwae_samples:
                 bound = self.estimate_log_likelihood()
