@@ -183,6 +183,26 @@ def test_every_script_has_a_command():
     assert fences == 2 * len(fenced_blocks())
 
 
+def test_a_band_reaches_from_the_lowest_run_to_the_highest(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    normal_runs = importlib.import_module("normal_runs")
+    folder = ROOT / "docs" / "histories"
+    assert {path.name.split("_seed_")[0] for path in folder.iterdir()} == set(normal_runs.PANELS)
+    for name in normal_runs.PANELS:  # the histories are of one kind and whole
+        for rows in normal_runs.read_histories(folder, name):
+            assert [row["epoch"] for row in rows] == [str(i + 1) for i in range(len(rows))]
+            assert rows[0]["data"] in ("mnist", "cifar10", "digits")
+    runs = [[{"epoch": str(e), "x": str(e * factor)} for e in (1, 2)] for factor in (1, 2, 6)]
+    axes = common.new_figure(3, 3).add_subplot()
+    normal_runs.draw_bands(axes, runs, ["x"])
+    assert axes.lines[0].get_ydata().tolist() == [3, 6]
+    (band,) = axes.collections
+    corners = {tuple(point) for point in band.get_paths()[0].vertices.tolist()}
+    assert corners == {(1, 1), (1, 6), (2, 2), (2, 12)}
+    normal_runs.main(folder, tmp_path / "bands.png")
+    assert Image.open(tmp_path / "bands.png").size == (1320, 1716)
+
+
 def test_every_option_in_the_text_exists():
     known = set(FOREIGN_OPTIONS)
     for name in [*TRAINING, *ANALYSIS]:
