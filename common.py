@@ -469,7 +469,7 @@ def load_data(
 def kind_of(dataset_type):
     """The name of a data set, or that of the class of a torch Dataset from Python.
 
-    Raises BadInput for a name that there is not.
+    Raises BadInput for an unknown name.
     """
     if not isinstance(dataset_type, str):
         return type(dataset_type).__name__
@@ -528,7 +528,7 @@ def load_again(weights, data_dir, device, exclude_class=-1):
     data, kwargs = weights["data"], weights["dataset_kwargs"]
     kind = data["dataset_type"]
     if kind not in DATASET_TYPES:
-        raise BadInput(f"the weights were trained on a {kind} from Python, which is not here")
+        raise BadInput(f"the weights are of a Dataset from Python ({kind}), which is not here")
     channels, size, _ = data["shape"]
     train, test = load_data(
         kind,
@@ -548,8 +548,10 @@ def load_again(weights, data_dir, device, exclude_class=-1):
 
 def describe_source(weights, images):
     """For titles: which script's weights these are, what they learnt, and what is shown."""
-    script, learnt = weights["script"], weights["data"]["name"]
-    if images.name == learnt:
+    script, data = weights["script"], weights["data"]
+    learnt = data["name"]
+    same = images.dataset_type == data["dataset_type"] != "folder"
+    if same or images.name == learnt:
         return f"{script} on {learnt}"
     return f"{script}, trained on {learnt}; images of {images.name}"
 

@@ -14,7 +14,7 @@ run:    python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4
 writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png,
         anomaly_detection.csv
 expect: MNIST, ten models, each trained for 10 epochs without one digit; mean AUROC of that
-        digit: with 32 latents reconstruction 0.706, latent distance 0.923, feature distance
+        digit: with 32 latents reconstruction 0.705, latent distance 0.923, feature distance
         0.953; with 2 latents reconstruction 0.773, latent distance 0.457; pixel distance,
         which needs no network, 0.852; a minute a model on one core of an AMD EPYC
 """
@@ -140,7 +140,7 @@ def reconstruction_error(output, x):
 class AnomalyScorer:
     """The encoder and decoder of a weights file give each image six scores.
 
-    A higher score is meant to say: a stranger image. The reconstruction is from z = mu, so that
+    A higher score is meant to mark a stranger image. The reconstruction is from z = mu, so that
     there is no noise in its error. Two scores are distances to the nearest training image: between
     codes mu, and between pixels, for which no network is needed. The feature distance compares
     directions in the encoder's last hidden layer with those of the ten nearest. Lengths are left

@@ -338,7 +338,7 @@ class Statistics:
     mu: torch.Tensor  # (d,) float64
     root: torch.Tensor  # (d, r) float64
     features: torch.Tensor | None = None  # (n, d) float32; not in an .npz
-    images: common.Images | None = None  # which they are of; not in an .npz
+    images: common.Images | None = None  # what was measured; not in an .npz
 
     def distance(self, other):
         """Squared Frechet distance. Raises BadInput for another number of features."""
@@ -539,7 +539,7 @@ def of_statistics(path):
     return Source(path, statistics=Statistics(0, mu, root))
 
 
-def of_folder(folder):
+def of_folder(folder, device):
     """The images below a folder, in colour; sub-folders are classes.
 
     All are brought to the width of the first; of an image that is not square the middle
@@ -550,11 +550,14 @@ def of_folder(folder):
     pixels = torch.cat([train[0], test[0]])
     labels = torch.cat([train[1], test[1]])
     images = common.Images(pixels, labels, class_names, folder, "folder", folder)
-    return Source(folder, images, train=images if len(class_names) > 1 else None)
+    train = None
+    if len(class_names) > 1:  # a classifier of them needs no more than 64 pixels a side
+        train = replace(images, pixels=common.resize(pixels, min(width, 64), 3)).to(device)
+    return Source(folder, images, train)
 
 
 def of_data_set(name, data_dir, weights, device):
-    """Such as mnist:test. If the weights were trained on it: in the shape of then."""
+    """The split of a data set, such as mnist:test, in the shape that the weights have seen."""
     kind, _, split = name.partition(":")
     legal = "no folder, .pt, .npz, or data set such as mnist:train or mnist:test"
     require(split in ("train", "test"), f"{name!r} is {legal}")
@@ -581,7 +584,7 @@ def open_source(name, data_dir, num_images, seed, weights, device):
     if name.endswith(".pt"):
         return of_weights(name, num_images, seed, device)
     if Path(name).is_dir():
-        return of_folder(name)
+        return of_folder(name, device)
     return of_data_set(name, data_dir, weights, device)
 
 

@@ -67,7 +67,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores: right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
     "sample_every": 1000,  # iterations between scores, pictures, weights and checkpoints
 }
 experiment_kwargs = {
@@ -116,8 +116,8 @@ def check_settings(settings):
     refuse is a common.BadInput, which ends the script with exit status 2.
 
     A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
-    before are refused, since they were trained without it.
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
+    then refused, since they were trained without it; not so for run_kwargs.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")

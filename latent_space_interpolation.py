@@ -511,7 +511,7 @@ def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, fr
     images = artist.draw(walkers).transpose(0, 1)  # (T, 4, C, H, W)
     save_animation(images.unflatten(1, (2, 2)), folder / "latent_space_walk.gif")
     save_page(artist, seed, folder / "latent_space.html")
-    print(f"pictures, tables and page are in {folder}/")
+    print(f"all of it is in {folder}/")
     return panels
 
 

@@ -158,6 +158,7 @@ def save_scatter(places, labels, class_names, axis_names, title, path):
 
 def data_uri(images, columns, quality):
     """images (N, C, H, W) in [0, 1] as one picture: a JPEG of this quality, or exact for 0."""
+    from PIL import features
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
@@ -169,7 +170,8 @@ def data_uri(images, columns, quality):
         picture.save(buffer, kind, quality=quality, subsampling=0)
     else:
         # exact WebP is a tenth smaller than PNG, but has at most 16,383 pixels a side
-        kind = "webp" if max(picture.size) <= 16383 else "png"
+        webp = features.check("webp") and max(picture.size) <= 16383
+        kind = "webp" if webp else "png"
         picture.save(buffer, kind, lossless=True)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -324,7 +326,7 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
     # the page computes: place = axes (mu - mean), and back, z = mean + axes^T place
     data |= {"mean": rounded(mean), "axes": rounded(axes), **describe_errors(errors)}
     save_page(data, encoder, decoder, test, folder / "latents_space_2d.html")
-    print(f"picture, table and page are in {folder}/")
+    print(f"all of it is in {folder}/")
     return table
 
 

@@ -63,7 +63,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
     "sample_every": 5,  # epochs between pictures and weights; also after the first and the last
 }
 experiment_kwargs = {
@@ -101,8 +101,8 @@ def check_settings(settings):
     refuse is a common.BadInput, which ends the script with exit status 2.
 
     A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
-    before are refused, since they were trained without it.
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
+    then refused, since they were trained without it; not so for run_kwargs.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -385,8 +385,9 @@ class Trainer:
     def losses(self, encoder, decoder, x):
         """Images x (N, C, H, W) -> loss, reconstruction and KL per image.
 
-        With beta 1 a VAE's loss is the negative evidence lower bound (ELBO). z is
-        sampled in validation too, so that train and test losses can be compared.
+        With beta 1 a VAE's loss is the negative evidence lower bound (ELBO), in
+        colour up to a constant. z is sampled in validation too, so that train and
+        test losses can be compared.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)
@@ -475,8 +476,8 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here, from the epoch alone (they count from 1, in a
-            # continued run too), since an interrupted epoch begins twice. With a
+            # A decay goes here. Compute it from the number of the epoch (from 1, in a
+            # continued run too), because an interrupted epoch begins twice. With a
             # first rate of 0.001, for example:
             #     self.lr.fill_(0.001 * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)

@@ -42,7 +42,7 @@ dataset_kwargs = {
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
-    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 of MNIST, 16 of sprites, else 32
+    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 for digits, 16 for sprites, else 32
     "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
@@ -60,7 +60,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
     "sample_every": 1,  # epochs between pictures and weights; also after the first and the last
 }
 
@@ -76,8 +76,8 @@ def check_settings(settings):
     status 2.
 
     A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
-    before are refused, since they were trained without it.
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
+    then refused, since they were trained without it; not so for run_kwargs.
     """
     for key in ("latent_dim", "embedding_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -452,8 +452,8 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here, from the epoch alone (they count from 1, in a
-            # continued run too), since an interrupted epoch begins twice. With a
+            # A decay goes here. Compute it from the number of the epoch (from 1, in a
+            # continued run too), because an interrupted epoch begins twice. With a
             # first rate of 0.0005, for example:
             #     self.generator_lr.fill_(0.0005 * 0.99 ** (epoch - 1))
             for images, labels in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels

@@ -50,7 +50,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
     "sample_every": 50,  # epochs between pictures and weights; also after the first and the last
 }
 
@@ -62,8 +62,8 @@ def check_settings(settings):
     refuse is a common.BadInput, which ends the script with exit status 2.
 
     A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
-    before are refused, since they were trained without it.
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
+    then refused, since they were trained without it; not so for run_kwargs.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -285,8 +285,8 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here, from the epoch alone (they count from 1, in a
-            # continued run too), since an interrupted epoch begins twice. With a
+            # A decay goes here. Compute it from the number of the epoch (from 1, in a
+            # continued run too), because an interrupted epoch begins twice. With a
             # first rate of 0.0002, for example, by one per cent an epoch:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.

@@ -53,7 +53,7 @@ run_kwargs = {
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, if it has the same settings; false starts over
+    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
     "sample_every": 10,  # epochs between pictures and weights; also after the first and the last
 }
 
@@ -65,8 +65,8 @@ def check_settings(settings):
     refuse is a common.BadInput, which ends the script with exit status 2.
 
     A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints that were saved
-    before are refused, since they were trained without it.
+    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
+    then refused, since they were trained without it; not so for run_kwargs.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")

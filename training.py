@@ -25,6 +25,12 @@ AGREE_STEPS = 16  # of several processes: between two looks at whether one was t
 # what may change when a run is continued: how it is computed, not what
 FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "allow_fallback", "precision"}
 FREE_TO_CHANGE |= {"score_every"}
+# what the scripts write into the folder of a run
+RUN_FILES = "checkpoint.pt history.csv run.html weights_*.pt *_epoch_*.png train_loss_curve*.png"
+RUN_FILES += " training.gif samples_*.png interpolations_*.png fid_vs_iterations.png"
+RUN_FILES += " latent*_space*.png latent*_space*.html latent*_space*.csv latent_space_walk.gif"
+RUN_FILES += " reconstruction_error_distribution.png anomal*.png anomal*.csv"
+RUN_FILES = RUN_FILES.split()
 
 
 def all_reduce_mean(tensors):
@@ -99,6 +105,7 @@ class Run:
         self.first_step = 0  # of an epoch that was interrupted
         self.stop_signal = 0
         self.graph = self.last_weights = None
+        self.has_encoder = False
 
     def read_checkpoint(self):
         """The checkpoint's contents, if it was made with these settings. Raises BadInput."""
@@ -175,18 +182,23 @@ class Run:
         while old.exists():
             old = old.with_name(f"{old.name}_")
         old.mkdir()
-        for pattern in ("*.png", "weights_*.pt", "history.csv", "run.html", "checkpoint.pt"):
+        for pattern in RUN_FILES:
             for path in self.folder.glob(pattern):
                 path.rename(old / path.name)
+        print(f"{self.folder}: the earlier run is in {old}/ now", flush=True)
 
     def say_where(self):
         """At the end: where the pictures lie, and what to run next."""
-        if self.last_weights:
-            weights = self.last_weights
-            print(f"pictures and weights are in {self.folder}/; to explore and to score them:")
-            print(f"  python latent_space_interpolation.py --weights_path {weights}")
-            if self.train.dataset_type in common.DATASET_TYPES:  # else it needs --real
-                print(f"  python fid.py --features classifier --generated {weights}", flush=True)
+        if not self.last_weights:
+            return
+        print(f"pictures and weights are in {self.folder}/")
+        here = self.train.dataset_type in common.DATASET_TYPES  # can be loaded again
+        if here or not self.has_encoder:
+            command = "python latent_space_interpolation.py --weights_path"
+            print(f"to explore: {command} {self.last_weights}")
+        if here and len(self.train.class_names) > 1:
+            command = "python fid.py --features classifier --generated"
+            print(f"to score: {command} {self.last_weights}", flush=True)
 
     def batches(self):
         """Yield (images, labels) of the epoch, on the device."""
@@ -286,13 +298,15 @@ class Run:
         """A line for an epoch: its row of the history, and the time that is left."""
         seconds = (time.monotonic() - self.begun) / max(1, self.step - self.first_step)
         left = (self.num_epochs - self.epoch) * len(self.sizes) * seconds / 60
-        numbers = [f"{name} {value:.4g}" for name, value in list(row.items())[2:]]
+        numbers = []
+        for name, value in list(row.items())[2:]:
+            numbers.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         place = f"{self.count(self.epoch)}/{self.num_epochs * self.unit_size}"
         print(place, *numbers, f"{left:.1f} min left", sep="  ", flush=True)
 
     def save_weights(self, name, **networks):
         """Write what sampling and analysis need: the networks, and the settings to rebuild them."""
-        self.last_weights = self.folder / name
+        self.last_weights, self.has_encoder = self.folder / name, "encoder" in networks
         contents = {
             "script": self.script,
             "model_kwargs": self.model_kwargs,

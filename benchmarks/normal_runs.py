@@ -1,4 +1,4 @@
-"""Is my run normal? The histories of three seeds of each script, drawn as bands.
+"""Is my run normal? The histories of several seeds of four scripts, drawn as bands.
 
 run:    python benchmarks/normal_runs.py docs/histories docs/normal_runs.png
 reads:  docs/histories/{name}_seed_{S}.csv, the history.csv of these commands:

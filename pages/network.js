@@ -180,6 +180,8 @@ function unpack(layers, bytes) {
 
 // The bytes that gzip has packed: a promise.
 async function unzip(packed) {
+  if (typeof DecompressionStream === "undefined")
+    throw new Error("the browser is too old; Chrome 80, Firefox 113 and Safari 16.4 can do it");
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"));
   return new Uint8Array(await new Response(stream).arrayBuffer());
 }

@@ -197,7 +197,9 @@ def test_more_epochs_go_on_and_as_many_do_nothing(gan, here, capsys):
 
 def test_resume_false_starts_over_and_keeps_the_old_run(gan, here):
     gan(num_epochs=2)
+    (here / "out" / "latent_space.html").write_text("made from the weights")
     before = {path.name: path.read_bytes() for path in (here / "out").iterdir()}
+    (here / "out" / "holiday.png").write_text("of somebody else")
     old = (here / "out" / "checkpoint.pt").read_bytes()
     gan(num_epochs=0, resume=False)  # a mere check moves nothing
     with pytest.raises(common.BadInput):
@@ -209,8 +211,9 @@ def test_resume_false_starts_over_and_keeps_the_old_run(gan, here):
     # the old run lies in a folder of its own, and the new one has none of its pictures
     (kept,) = (here / "out").glob("run_of_*")
     assert {path.name: path.read_bytes() for path in kept.iterdir()} == before
-    assert len(before) == 7 and not list((here / "out").glob("*_epoch_2.*"))
+    assert len(before) == 8 and not list((here / "out").glob("*_epoch_2.*"))
     assert "epoch_2" not in (here / "out" / "run.html").read_text(encoding="utf-8")
+    assert (here / "out" / "holiday.png").is_file()
     # and can be continued there
     moved = f"out/{kept.name}"
     assert len(gan(num_epochs=3, output_dir=moved).run.history) == 3
@@ -310,13 +313,13 @@ def test_a_history_keeps_its_rows_when_a_column_is_added(in_mid_epoch, gan, here
 
 def test_a_measured_value_may_be_of_torch_or_numpy(gan, here, monkeypatch, capsys):
     end_epoch = training.Run.end_epoch
-    more = {"rate": torch.tensor(0.0002), "largest": np.float32(3), "count": 7}
+    more = {"rate": torch.tensor(0.0002), "largest": np.float32(3), "count": 71234}
     monkeypatch.setattr(training.Run, "end_epoch", lambda run, row: end_epoch(run, row | more))
     for number in (1, 2):  # continued, too
         row = gan(num_epochs=number).run.history[-1]
-        assert [row["rate"], row["largest"], row["count"]] == [pytest.approx(0.0002), 3.0, 7]
-    assert [row["count"] for row in read_history("out")] == ["7", "7"]
-    assert capsys.readouterr().out.count("rate 0.0002  largest 3  count 7  ") == 2
+        assert [row["rate"], row["largest"], row["count"]] == [pytest.approx(0.0002), 3.0, 71234]
+    assert [row["count"] for row in read_history("out")] == ["71234", "71234"]
+    assert capsys.readouterr().out.count("rate 0.0002  largest 3  count 71234  ") == 2
 
 
 def test_a_scalar_that_cannot_be_kept_is_named(gan, here, monkeypatch):

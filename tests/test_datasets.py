@@ -510,7 +510,7 @@ def test_what_is_not_there_any_more_is_said(tmp_path, monkeypatch):
     with pytest.raises(common.BadInput, match="mnist is not in"):  # and no digits in its place
         common.load_again(weights, str(tmp_path / "elsewhere"), "cpu")
     own = recorded(load(helpers.OwnDataset())[0], tmp_path)
-    with pytest.raises(common.BadInput, match="trained on a OwnDataset from Python"):
+    with pytest.raises(common.BadInput, match=r"of a Dataset from Python \(OwnDataset\)"):
         common.load_again(own, "", "cpu")
     for folder, names in (("one", "ab"), ("other", "ac")):
         for name in names:

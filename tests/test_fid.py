@@ -376,6 +376,16 @@ def test_two_folders_by_a_classifier_of_their_classes(quick, tmp_path, capsys):
         measure(tmp_path, **{**folders, "real": tmp_path / "flat"})
 
 
+def test_a_classifier_of_large_photographs_looks_at_small_ones(tmp_path):
+    for number in range(4):
+        path = tmp_path / "photographs" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((200, 300, 3), 60 * number, np.uint8)).save(path)
+    source = fid.of_folder(str(tmp_path / "photographs"), torch.device("cpu"))
+    assert source.images.pixels.shape == (4, 3, 300, 300)
+    assert source.train.pixels.shape == (4, 3, 64, 64)
+
+
 def test_a_data_set_against_itself(digits, quick, tmp_path, capsys, monkeypatch):
     kwargs = {
         "generated": "digits:test",

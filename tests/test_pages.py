@@ -260,9 +260,8 @@ def test_every_layer_of_the_page_is_torchs(artist_of, visit):
     page = visit(artist_of("main_gan")[1])
     assert kinds == set(re.findall(r"\w+", layers_of_the_page())) - {"brightness", "relu"}
     page.evaluate(
-        "([layers, text]) => worker.postMessage({layers, packed: unpacked(text)})".replace(
-            "unpacked(text)", "Uint8Array.from(atob(text), letter => letter.charCodeAt())"
-        ),
+        "([layers, text]) => worker.postMessage({layers, packed: "
+        "Uint8Array.from(atob(text), letter => letter.charCodeAt())})",
         [layers, weights.as_text()],
     )
     assert np.abs(drawn(page, z) - network(z).numpy()).max() < 0.005

@@ -64,6 +64,20 @@ def test_without_own_weights_those_of_the_collection_are_taken(
     assert {path.suffix for path in Path("shipped_VAE").iterdir()} >= {".pt", ".png", ".csv"}
 
 
+def test_a_title_tells_other_images_from_those_of_training():
+    pixels, labels = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), torch.zeros(2).long()
+    digits = common.Images(pixels, labels, ["0"], "digits", "digits", "data")
+    data = {"name": "digits (bundled, in place of mnist)", "dataset_type": "digits"}
+    weights = {"script": "main_vae", "data": data}
+    assert common.describe_source(weights, digits) == f"main_vae on {data['name']}"
+    weights["data"] = {"name": "mnist", "dataset_type": "mnist"}
+    told = "main_vae, trained on mnist; images of digits"
+    assert common.describe_source(weights, digits) == told
+    weights["data"] = {"name": "folder a", "dataset_type": "folder"}
+    other = common.Images(pixels, labels, ["0"], "folder b", "folder", "b")
+    assert "trained on folder a; images of folder b" in common.describe_source(weights, other)
+
+
 def test_own_weights_come_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     common.save_tensors(
