@@ -191,14 +191,13 @@ class Run:
         """At the end: where the pictures lie, and what to run next."""
         if not self.last_weights:
             return
-        print(f"pictures and weights are in {self.folder}/")
         here = self.train.dataset_type in common.DATASET_TYPES  # can be loaded again
+        weights, commands = self.last_weights, []
         if here or not self.has_encoder:
-            command = "python latent_space_interpolation.py --weights_path"
-            print(f"to explore: {command} {self.last_weights}")
+            commands.append(f"python latent_space_interpolation.py --weights_path {weights}")
         if here and len(self.train.class_names) > 1:
-            command = "python fid.py --features classifier --generated"
-            print(f"to score: {command} {self.last_weights}", flush=True)
+            commands.append(f"python fid.py --features classifier --generated {weights}")
+        print(f"pictures and weights are in {self.folder}/", *commands, sep="\n  ", flush=True)
 
     def batches(self):
         """Yield (images, labels) of the epoch, on the device."""
