@@ -45,7 +45,7 @@ plane_kwargs = {
 COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"]
 COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 MARKERS = "os^DvPX*<p"  # colour alone never tells two classes apart
-MOST_PICTURES = 5_000_000  # bytes of the page's pictures; more of them are packed tighter
+MOST_PICTURES = 3_000_000  # bytes of the page's pictures; more of them are packed tighter
 MOST_WEIGHTS = 6_800_000  # bytes of its networks; larger ones take 11 bits a weight, or 8
 
 
