@@ -550,8 +550,8 @@ def describe_source(weights, images):
     """For titles: which script's weights these are, what they learnt, and what is shown."""
     script, data = weights["script"], weights["data"]
     learnt = data["name"]
-    same = images.dataset_type == data["dataset_type"] != "folder"
-    if same or images.name == learnt:
+    same_kind = images.dataset_type == data["dataset_type"]
+    if images.name == learnt or (same_kind and images.dataset_type != "folder"):
         return f"{script} on {learnt}"
     return f"{script}, trained on {learnt}; images of {images.name}"
 

@@ -139,8 +139,8 @@ def share_covered(points, others, k=3):
     """The share of points (m, d) that lie in the manifold of others (n, d).
 
     The manifold is the union of balls around the others, each of which reaches to the
-    k-th neighbour, eq. (1) of Kynkaanniemi et al. Precision is the share of generated images in the
-    manifold of the real ones, recall the reverse.
+    k-th neighbour, eq. (1) of Kynkaanniemi et al. Precision is the share of generated
+    images in the manifold of the real ones, recall the reverse.
     """
     nth = min(k + 1, len(others))  # the first is the point itself
     reach = torch.cdist(others, others).kthvalue(nth).values  # (n,)
@@ -273,7 +273,10 @@ def train_classifier(network, train):
 
 
 def classifier_features(train):
-    """128 features of a small classifier of `train`, trained once. A distance of them is no FID."""
+    """128 features of a small classifier of `train`, trained once.
+
+    A distance of them is no FID.
+    """
     classes = len(train.class_names)
     require(classes > 1, f"{train.name} has no classes that a classifier could learn")
     channels, size, _ = train.pixels.shape[1:]

@@ -44,7 +44,7 @@ model_kwargs = {
 dataset_kwargs = {
     "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images an iteration
-    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
+    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
     "jpeg_quality": 0,  # of cub, compressed after resizing (the course's: 75); 0 does not compress

@@ -40,7 +40,7 @@ dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 32,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
+    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 for digits, 16 for sprites, else 32
     "horizontal_flip": False,  # mirror half of the training images at random: not for digits

@@ -34,7 +34,7 @@ dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
+    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
 }
 trainer_kwargs = {
@@ -130,9 +130,11 @@ class Discriminator(nn.Module):
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
     """Cross-entropy of D in nats; with targets 1 and 0 it is the negative of eq. (1).
 
-    That is the game min over G, max over D of E[log D(x)] + E[log(1 - D(G(z)))].
-    For a target t it is -t log D - (1 - t) log(1 - D), with D the sigmoid of
-    the logit. Both halves are means over the batch. At D = 1/2 everywhere the
+    Eq. (1) is the game: min over G, max over D of
+    E[log D(x)] + E[log(1 - D(G(z)))].
+
+    For a target t the loss is -t log D - (1 - t) log(1 - D), with D the sigmoid
+    of the logit. Both halves are means over the batch. At D = 1/2 everywhere the
     sum is 2 log 2 = 1.386, whatever the targets. With 0.9 and 0.1 it cannot
     fall below 0.650, where D answers 0.9 and 0.1.
     """

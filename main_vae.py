@@ -36,7 +36,7 @@ dataset_kwargs = {
     "batch_size": 128,  # images a step; 16 is slow, since Adam rewrites every weight once a step
     "shuffle": True,  # a new order every epoch
     "normalize": False,  # pixels in [0, 1], which the likelihood needs; true ([-1, 1]) is refused
-    "data_dir": "data",  # where the data lie or are downloaded to; of a folder: your images
+    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "exclude_class": -1,  # a label to leave out, for detect_vae_anomalies.py to find; -1 keeps all
 }
@@ -181,9 +181,9 @@ def importance_weighted_bound(mu, logvar, log_likelihood, k):
 
     The bound is the expectation of log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x),
     where the z_i are drawn from q(z|x) = N(mu, sigma^2); what is returned is
-    an estimate of it from one draw. mu, logvar: (N, D); log_likelihood(z) gives log p(x|z), (N,).
-    With k = 1 it is the VAE's own bound, the negative loss; as k grows, it
-    rises towards log p(x).
+    an estimate of it from one draw. mu, logvar: (N, D); log_likelihood(z)
+    gives log p(x|z), (N,). With k = 1 it is the VAE's own bound, the negative
+    loss; as k grows, it rises towards log p(x).
     """
     log_weights = []
     for _ in range(k):

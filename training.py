@@ -25,12 +25,26 @@ AGREE_STEPS = 16  # of several processes: between two looks at whether one was t
 # what may change when a run is continued: how it is computed, not what
 FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "allow_fallback", "precision"}
 FREE_TO_CHANGE |= {"score_every"}
-# what the scripts write into the folder of a run
-RUN_FILES = "checkpoint.pt history.csv run.html weights_*.pt *_epoch_*.png train_loss_curve*.png"
-RUN_FILES += " training.gif samples_*.png interpolations_*.png fid_vs_iterations.png"
-RUN_FILES += " latent*_space*.png latent*_space*.html latent*_space*.csv latent_space_walk.gif"
-RUN_FILES += " reconstruction_error_distribution.png anomal*.png anomal*.csv"
-RUN_FILES = RUN_FILES.split()
+# what the scripts write into the folder of a run, and the analyses beside its weights
+RUN_FILES = [
+    "checkpoint.pt",
+    "history.csv",
+    "run.html",
+    "weights_*.pt",
+    "*_epoch_*.png",
+    "train_loss_curve*.png",
+    "training.gif",
+    "samples_*.png",
+    "interpolations_*.png",
+    "fid_vs_iterations.png",
+    "latent*_space*.png",
+    "latent*_space*.html",
+    "latent*_space*.csv",
+    "latent_space_walk.gif",
+    "reconstruction_error_distribution.png",
+    "anomal*.png",
+    "anomal*.csv",
+]
 
 
 def all_reduce_mean(tensors):
@@ -183,7 +197,7 @@ class Run:
             old = old.with_name(f"{old.name}_")
         old.mkdir()
         for pattern in RUN_FILES:
-            for path in self.folder.glob(pattern):
+            for path in list(self.folder.glob(pattern)):
                 path.rename(old / path.name)
         print(f"{self.folder}: the earlier run is in {old}/ now", flush=True)
 
