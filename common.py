@@ -237,8 +237,10 @@ def save_tensors(path, contents):
 def load_weights(path, script, part):
     """Read a .pt file that `script` wrote (None: any) and that holds `part`, onto the CPU.
 
-    No code in it is run (weights_only). Raises BadInput for every other file.
+    script: a name, or __file__. No code in the .pt is run (weights_only). Raises BadInput for
+    every other file.
     """
+    script = Path(script).stem if script else None
     train = f"; train first: python {script}.py" if script else ""
     require(Path(path).is_file(), f"there is no file {path}{train}")
     try:

@@ -13,13 +13,18 @@ run:    python gan_cub.py                       (any key below is an option: --l
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt (the same command continues from it),
+        checkpoint.pt, after every period of sample_every iterations and at
+        Ctrl-C (the same command continues from it),
         weights_iteration_{I}.pt and weights_best.pt, of the best score (for sampling);
         an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
-expect: 5,430 other birds (CUB-200, 2010), width 32, batch 32, lr 0.0008, 4,500 iterations,
-        seed 0, bfloat16; classifier distance at the end, N 2,000: gan 908, lsgan 742,
-        wgan-gp 268, r3gan 397, half an hour for the four on one core of an AMD EPYC;
-        r3gan with lr 0.0004 after 16,000 iterations 236, 41 min
+differs from the papers: D sums its last map over the places, as the exercise that it follows
+        does, where Gulrajani et al. take the mean; all losses, so r3gan too, have one pair of
+        networks, so that they can be compared; pictures and weights are of an averaged G
+expect: much smaller than the default, on 5,430 birds of CUB-200 of 2010 (width 32, batch 32,
+        lr 0.0008, 4,500 iterations, seed 0, bfloat16); classifier distance, less is better, N
+        2,000: gan 908, lsgan 742, wgan-gp 268, r3gan 397, half an hour for the four on one
+        core of an AMD EPYC; r3gan with lr 0.0004 after 16,000 iterations 236, 41 min; the
+        loss of wgan-gp goes from -3.9 to -2.2, its penalty from 0.08 to 0.016
 """
 
 import dataclasses
@@ -43,11 +48,11 @@ model_kwargs = {
 # torch Dataset in the place of "cub": see `main`.
 dataset_kwargs = {
     "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 256,  # images an iteration
+    "batch_size": 256,  # images an iteration, in each process
     "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
-    "jpeg_quality": 0,  # of cub, compressed after resizing (the course's: 75); 0 does not compress
+    "jpeg_quality": 0,  # of cub, compressed after resizing (the exercise: 75); 0 does not compress
     "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
@@ -55,7 +60,7 @@ trainer_kwargs = {
     "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
     "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: what suits the loss
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
-    "penalty_weight": -1.0,  # of the penalty on D's gradient; 0: none; -1: what suits the loss
+    "penalty_weight": -1.0,  # of the penalty on D's slope at images; 0: none; -1: the loss's own
     "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
     "precision": "auto",  # auto | float32 | bfloat16; auto is bfloat16 where that is fast
     "score_features": "auto",  # inception (the FID) | classifier | auto: the first if it can be had
@@ -66,14 +71,14 @@ run_kwargs = {
     "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores: right for convolutions
-    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
+    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
     "sample_every": 1000,  # iterations between scores, pictures, weights and checkpoints
 }
 experiment_kwargs = {
     "experiment": "none",  # none | losses | r3gan; trains several settings in turn and compares
 }
-# What suits each loss: the course's settings; for r3gan one step of each
+# What suits each loss: the settings of the exercise; for r3gan one step of each
 # network, as in Huang et al., and a weight that suits the birds. The weight
 # is lambda in wgan-gp; in every other loss it is gamma, of R1 and R2.
 LOSS_DEFAULTS = {
@@ -112,12 +117,12 @@ def suit_loss(loss, d_steps, penalty_weight):
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
-    refuse is a common.BadInput, which ends the script with exit status 2.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
+    refusal is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
-    then refused, since they were trained without it; not so for run_kwargs.
+    A key of your own goes into model_kwargs or trainer_kwargs, and into the
+    parameters of Trainer.__init__. Checkpoints that were made without it are
+    then refused.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -251,7 +256,7 @@ class Generator(nn.Module):
         self.model = nn.Sequential(*layers)
 
     def forward(self, z):
-        return self.model(z).float().tanh()  # float32, where the layers are bfloat16
+        return self.model(z).float().tanh()  # float32, even if the layers compute in bfloat16
 
 
 class Discriminator(nn.Module):
@@ -272,7 +277,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(feature_maps, 1)
 
     def forward(self, x):
-        # a sum of 64 places, in float32, where the layers are bfloat16
+        # a sum of 64 places, in float32 even if the layers compute in bfloat16
         features = self.blocks(x).float().sum(dim=(2, 3))  # (N, 128)
         return self.linear(features).squeeze(1).float()
 
@@ -281,7 +286,8 @@ def gan_discriminator_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(G(z))), D the sigmoid of the logit; Goodfellow et al., eq. (1).
 
     Both halves are means over the batch, here and below. At D = 1/2 it is 2
-    log 2 = 1.386.
+    log 2 = 1.386. torch computes it from the logit, since the log of a
+    sigmoid that has rounded to 0 is infinite.
     """
     real_targets, fake_targets = torch.ones_like(real_logits), torch.zeros_like(fake_logits)
     real_loss = F.binary_cross_entropy_with_logits(real_logits, real_targets)
@@ -290,14 +296,18 @@ def gan_discriminator_loss(real_logits, fake_logits):
 
 
 def gan_generator_loss(fake_logits):
-    """Non-saturating loss -log D(G(z)): Goodfellow et al., end of section 3."""
+    """Non-saturating loss -log D(G(z)): Goodfellow et al., end of section 3.
+
+    Its gradient stays large where D rejects the images; that of the minimax
+    form, log(1 - D(G(z))), goes to 0 there.
+    """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def lsgan_discriminator_loss(real_logits, fake_logits):
     """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit; Mao et al., eq. (2) with a = 0, b = 1.
 
-    It is 1/4 where D is 1/2 everywhere, so cannot tell.
+    It is 1/4 if D is 1/2 everywhere, and so cannot tell the two apart.
     """
     real_loss = F.mse_loss(real_logits, torch.ones_like(real_logits))
     fake_loss = F.mse_loss(fake_logits, torch.zeros_like(fake_logits))
@@ -310,7 +320,11 @@ def lsgan_generator_loss(fake_logits):
 
 
 def wgan_discriminator_loss(real_logits, fake_logits):
-    """D(G(z)) - D(x), D the logit; Gulrajani et al., eq. (3), to which the penalty is added."""
+    """D(G(z)) - D(x), D the logit; Gulrajani et al., eq. (3), to which the penalty is added.
+
+    Only the difference counts, so that the level of the logits may drift. The
+    loss is negative, and comes nearer to 0 as G improves.
+    """
     return fake_logits.mean() - real_logits.mean()
 
 
@@ -340,8 +354,9 @@ def r3gan_generator_loss(real_logits, fake_logits):
 
 # The key "loss" chooses a line here. To add a loss, write its two functions
 # above, its line below and one in LOSS_DEFAULTS, and name it in the comment of
-# the key. A penalty_weight above 0 adds R1 and R2 to every loss but wgan-gp;
-# what else a loss needs goes where the Trainer asks for "wgan-gp" or "r3gan".
+# the key. A penalty_weight above 0 adds R1 and R2 to every loss but wgan-gp.
+# For another penalty follow "wgan-gp" in discriminator_step, and for a loss
+# of G that takes the real logits too, "r3gan" in generator_step.
 LOSSES = {
     "gan": (gan_discriminator_loss, gan_generator_loss),
     "lsgan": (lsgan_discriminator_loss, lsgan_generator_loss),
@@ -354,7 +369,7 @@ def gradient_penalty(critic, real, fake, epsilon):
     """(|gradient of the critic at epsilon x + (1 - epsilon) G(z)| - 1)^2, mean over the batch.
 
     Gulrajani et al., eq. (3); the norm is over C, H and W. real, fake (N, C,
-    H, W), cut off from what made them; epsilon (N, 1, 1, 1) in [0, 1).
+    H, W); epsilon (N, 1, 1, 1) in [0, 1).
     """
     mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
     mixed = mixed.detach().requires_grad_()
@@ -370,9 +385,10 @@ def zero_centred_penalty(images, logits):
     """|gradient of D|^2, mean over real and generated images together: (R1 + R2) / gamma.
 
     Mescheder et al., eqs. (9) and (10): R1 is gamma / 2 times its mean over
-    the real images, R2 over the generated ones. It lets D rest where the two
-    cannot be told apart. images (2N, C, H, W), halves of one size, which
-    require a gradient; logits (2N,) are D's of them.
+    the N real images, R2 over the N generated ones; a mean over all 2N is half
+    their sum already. It lets D come to rest once it cannot tell the two
+    apart: then it is best without any slope. images (2N, C, H, W), halves of
+    one size, which require a gradient; logits (2N,) are D's of them.
     """
     # As above, an image's gradient is that of its own logit.
     total = logits.sum()
@@ -387,11 +403,16 @@ def mean_distance(images):
 
 
 def make_networks(latent_dim, feature_maps, image_shape, device):
-    """(generator, its average, discriminator) for images of shape (C, H, W), on the device."""
+    """(generator, its average, discriminator) for images of shape (C, H, W), on the device.
+
+    They start from torch's own weights (He et al. 2015, uniform).
+    """
     image_channels, image_size, _ = image_shape
     generator = Generator(latent_dim, feature_maps, image_channels, image_size)
     ema_generator = Generator(latent_dim, feature_maps, image_channels, image_size)
     ema_generator.load_state_dict(generator.state_dict())
+    # .eval(): batch norm takes its running statistics, averaged as the weights
+    # are, so that no picture depends on the others of its batch
     ema_generator.requires_grad_(False).eval()
     discriminator = Discriminator(feature_maps, image_channels, image_size)
     networks = [generator, ema_generator, discriminator]
@@ -423,7 +444,7 @@ def make_scorer(train, score_features, score_images):
         return None
     try:
         return fid.Scorer(train, features=score_features, num_images=score_images)
-    except ValueError as error:  # Inception is not here, and there is only one class
+    except ValueError as error:  # no Inception file, and one class, which trains no classifier
         if score_features != "auto":
             raise
         print(f"WARNING: NO SCORES. {error}.", file=sys.stderr, flush=True)
@@ -441,13 +462,24 @@ def refuse_other_score(history, scorer):
 class Trainer:
     """The networks, their optimisers, and the training loop.
 
+    An iteration is one step of D. One call of `step` is d_steps iterations and
+    one step of G. A period is sample_every iterations, and is what run calls an
+    epoch.
+
     run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on with the next
-    period. run.batches gives the images of a period, run.train_step calls
+    random numbers from checkpoint.pt if there is one, and goes on from there.
+    run.batches gives the batches of a period: the images come in an order that
+    depends on the seed alone, a new one at each pass. run.train_step calls
     `step` and keeps the scalars that it returns, run.end_epoch adds a row of
     their means to the history and returns all rows, and run.save_weights writes
-    what sampling needs. After each turn of the loop in `fit` run.epochs writes
-    history.csv, run.html and checkpoint.pt.
+    what sampling needs. After each turn of the loop over periods run.epochs
+    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
+    is finished and checkpoint.pt is written; only a power cut loses the period
+    under way. A loss that is no longer finite ends the run.
+
+    Under torchrun each process trains on images of its own with noise of its
+    own. All begin with equal networks, which stay equal, since gradients are
+    averaged. All of them draw, but only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -484,12 +516,13 @@ class Trainer:
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
-        # The rate is a tensor, because a CUDA graph reads it anew at each step,
-        # where it would go on with the same number.
+        # A tensor, since a recorded step would go on with a number as it was. Both
+        # optimisers keep this very tensor, in a continued run too.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
-        # for all pictures, so that they can be compared
+        # for all pictures, so that they can be compared; drawn on the CPU, so
+        # that it does not depend on the device
         self.fixed_z = torch.randn(100, latent_dim).to(train.device)
 
     def autocast(self):
@@ -501,13 +534,13 @@ class Trainer:
     def step(self, real):
         """d_steps iterations, then one step of G. real (d_steps * N, C, H, W) in [-1, 1].
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise.
-        Python runs only at the recording: an `if` on a counter keeps its first
-        branch, a number its first value, and .item() is an error. So keep what
+        On an NVIDIA GPU one call of this is recorded, and then replayed with new
+        noise but without Python, which is faster: an `if` keeps the branch that
+        was recorded, a number its value, and .item() is an error. So keep what
         changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over sample_every iterations, add it to the dict
-        that is returned here or by discriminator_step; for a curve in the
-        picture also to `panels` in draw_curves.
+        history.csv, a mean over the period, add a tensor with one number to the
+        dict that is returned here or by discriminator_step; for a curve also to
+        `panels` in draw_curves.
         """
         rows = []
         parts = real.chunk(self.d_steps)  # (N, C, H, W) each
@@ -597,16 +630,17 @@ class Trainer:
             return self.ema_generator(z)
 
     def generate(self, index):
-        """A new image for each entry of index (N,), for the scorer."""
+        """len(index) new images, for the scorer."""
         return self.sample(torch.randn(len(index), self.latent_dim).to(self.train.device))
 
     def fit(self):
         """Train to num_iterations, in periods of sample_every iterations.
 
-        A checkpoint of other settings is refused, num_iterations among them,
-        since the learning rate falls over them; precision, data_dir and the
+        A checkpoint of other settings is refused; precision, data_dir and the
         run_kwargs other than seed and sample_every may change. Changed code is
-        not noticed: then give another --output_dir, or --resume false.
+        not noticed: then give another --output_dir, or --resume false. More
+        iterations than were planned need a new run, too, since the learning
+        rate falls to 0 over num_iterations.
 
         One pass over the images follows another without end, and a period
         begins where the last one ended.
@@ -622,14 +656,15 @@ class Trainer:
         periods = self.num_iterations // self.sample_every
         steps = self.sample_every // self.d_steps
         size = self.sample_every
+        # `steps` calls of `step` in each; printed and written as so many iterations
         for period in run.epochs(
             self.train, state, periods, steps=steps, unit="iteration", unit_size=size
         ):
             refuse_other_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
-                # A picture every 100 calls of `step`, each of d_steps iterations,
-                # goes here; run.step counts them from 0 in each period:
+                # A picture every 100 calls of `step` goes here. run.step is the number
+                # of the call just done, counted from 0 in each period:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{period}_step_{run.step}")
             self.evaluate(period * size)
@@ -639,8 +674,8 @@ class Trainer:
         run = self.run
         some = torch.arange(min(100, len(self.train)), device=self.train.device)
         real_distance = mean_distance(self.train.batch(some)[0])
-        # 1 is as varied as the data; towards 0 all samples become alike: mode
-        # collapse. For another column, measured once a period, add it to this dict.
+        # 1: as varied as the data; towards 0: all alike (mode collapse); above 1:
+        # noise. For another column, measured once a period, add it to this dict.
         measured = {"diversity": mean_distance(self.sample(self.fixed_z)) / real_distance}
         if self.scorer:
             measured |= self.scorer(self.generate)  # {name of the distance: value}
@@ -653,16 +688,16 @@ class Trainer:
         self.draw(iteration)
         self.draw_curves(history)
 
-    def draw(self, number):
+    def draw(self, name):
         """Write a hundred samples, and the first of them with its first two latents swept."""
         samples = self.sample(self.fixed_z)
-        common.save_grid(samples, self.folder / f"samples_{number}.png", columns=10)
+        common.save_grid(samples, self.folder / f"samples_{name}.png", columns=10)
         values = torch.linspace(-1, 1, 10, device=self.train.device)
         plane = self.fixed_z[:1].repeat(100, 1)  # (100, latent_dim)
         # the first latent grows down the picture, the second to the right
         plane[:, :2] = torch.cartesian_prod(values, values)
         samples = self.sample(plane)
-        common.save_grid(samples, self.folder / f"interpolations_{number}.png", columns=10)
+        common.save_grid(samples, self.folder / f"interpolations_{name}.png", columns=10)
 
     def draw_curves(self, history):
         """Write the history so far, a list of rows {column: value}, as curves."""
@@ -686,7 +721,7 @@ def load_generator(weights_path):
     To sample: load_generator(path)(torch.randn(16, 128)) gives (16, 3, 32,
     32) in [-1, 1].
     """
-    weights = common.load_weights(weights_path, "gan_cub", "generator")
+    weights = common.load_weights(weights_path, __file__, "generator")
     image_channels, image_size, _ = weights["data"]["shape"]
     kwargs = weights["model_kwargs"]
     generator = Generator(kwargs["latent_dim"], kwargs["feature_maps"], image_channels, image_size)
@@ -718,7 +753,7 @@ def main(
     grey = dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist")
     train, _ = common.load_data(
         **dataset_kwargs,
-        shuffle=True,
+        shuffle=True,  # a new order at each pass
         image_channels=1 if grey else 3,
         device=run_kwargs["device"],
     )
@@ -740,7 +775,8 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment
         changed = {**trainer_kwargs, **changes, "output_dir": str(folder / name)}
         alone = {"experiment": "none"}
         trainers[name] = main(model_kwargs, dataset_kwargs, changed, run_kwargs, alone)
-    if trainer_kwargs["num_iterations"] and trainers[name].scorer:
+    all_scored = all(trainer.scorer for trainer in trainers.values())
+    if trainer_kwargs["num_iterations"] and all_scored:
         rows = [summary(name, trainer) for name, trainer in trainers.items()]
         common.write(folder / f"{experiment}.csv", rows)
         for row in rows:

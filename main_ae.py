@@ -4,16 +4,20 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.
         Burgess et al. 2018, Understanding disentangling in beta-VAE,
         https://arxiv.org/abs/1804.03599
 run:    python main_ae.py                   (any key below is an option: --model_type ae)
-        python main_ae.py --resume false    (start over)
+        python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
 writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png,
         train_loss_curve_{E}.png, latent_space_epoch_{E}.png (if latent_dim is 2), history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt (the same command continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C (the same command
+        continues from it),
         weights_epoch_{E}.pt (for sampling);
         an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
+differs from the papers: beta weighs the KL and nothing holds it at a target, as Burgess et al.
+        do; gradients are cut to norm 1; pictures, weights and tests are of an average of
+        the networks; the networks are those of two exercises
 expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per test image: AE with 16, 128 and
         1024 latents 199.6, 53.9 and 24.1; VAE with 1024 latents 133.3, KL 59.2; with beta 0.8
         122.5, KL 69.7; with the linear schedule 117.2, KL 72.4; about 40 min each on one core
@@ -36,13 +40,13 @@ model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with a beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first convolution; they double where the side halves
-    "image_channels": 3,  # 3 colour, 1 grey, with its own networks and loss; of MNIST always 1
+    "image_channels": 3,  # 3: colour; 1: grey, with other networks and loss, as always for mnist
 }
 # Your own images: a folder of them (dataset_type "folder"), or from Python any
 # torch Dataset in the place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 256,  # images a step
+    "batch_size": 256,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
@@ -53,8 +57,8 @@ trainer_kwargs = {
     "lr": 0.001,  # Adam's learning rate
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear; linear grows from 0 in epoch 1 to beta
-    "beta_epochs": 20,  # epochs of the linear schedule: 20 end at 0.95 beta, the 21st has it all
-    "ema_decay": 0.99,  # tests and pictures are of weights averaged over 100 steps; 0: no average
+    "beta_epochs": 20,  # of the linear schedule: with 20, epoch 20 has 0.95 beta, epoch 21 all
+    "ema_decay": 0.99,  # pictures, weights and tests are of an average over 100 steps; 0: of none
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there; give each setting its own
 }
@@ -62,8 +66,8 @@ run_kwargs = {
     "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
-    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
+    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
     "sample_every": 5,  # epochs between pictures and weights; also after the first and the last
 }
 experiment_kwargs = {
@@ -97,12 +101,12 @@ EXPERIMENTS = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
-    refuse is a common.BadInput, which ends the script with exit status 2.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
+    refusal is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
-    then refused, since they were trained without it; not so for run_kwargs.
+    A key of your own goes into model_kwargs or trainer_kwargs, and into the
+    parameters of Trainer.__init__. Checkpoints that were made without it are
+    then refused.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -143,6 +147,7 @@ class ColourEncoder(nn.Module):
             nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1),  # (N, 128, 8, 8)
             nn.ReLU(),
             nn.Conv2d(4 * width, 8 * width, kernel_size=3, stride=2, padding=1),  # (N, 256, 4, 4)
+            # no activation, as in the exercise
             nn.Flatten(),  # (N, 4096)
         )
         features = 8 * width * (image_size // 8) ** 2
@@ -184,15 +189,15 @@ class ColourDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> images (N, 3, H, W) in [-1, 1]."""
+        """The images that z (N, latent_dim) stands for, (N, 3, H, W) in [-1, 1]; without noise."""
         return self(z).clamp(-1, 1)
 
 
 class GreyEncoder(nn.Module):
     """Images (N, 1, H, W) -> mu and logvar, both (N, latent_dim).
 
-    Kernels and activation are not those of the colour networks, since the two
-    pairs follow the exercises of two different courses. In a plain autoencoder
+    Kernels and activations are not those of the colour networks, since the
+    pairs follow two exercises of different courses. In a plain autoencoder
     logvar is None.
     """
 
@@ -248,12 +253,12 @@ class GreyDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> images (N, 1, H, W) in [0, 1]."""
+        """The images that z (N, latent_dim) stands for, (N, 1, H, W) in [0, 1]; without noise."""
         return self(z).sigmoid()
 
 
 def make_networks(model_type, latent_dim, feature_maps, image_channels, image_size, device):
-    """(encoder, decoder) for colour or for grey images."""
+    """(encoder, decoder) for colour or for grey images, with torch's own first weights."""
     if image_channels == 3:
         encoder = ColourEncoder(model_type, latent_dim, feature_maps, image_size)
         decoder = ColourDecoder(latent_dim, feature_maps, image_size)
@@ -284,7 +289,7 @@ def keep_freed_memory():
 
 
 def reparameterize(mu, logvar):
-    """z = mu + sigma noise with noise ~ N(0, I), all (N, latent_dim).
+    """z = mu + sigma * noise with noise ~ N(0, I), all (N, latent_dim).
 
     This is a sample of N(mu, sigma^2) through which gradients reach mu and
     sigma.
@@ -296,15 +301,16 @@ def reparameterize(mu, logvar):
 def reconstruction_loss(output, x):
     """Error of the decoder's output for images x, both (N, C, H, W).
 
-    It is summed over the pixels, mean over the batch. Colour, in [-1, 1]: the
+    It is summed over the pixels and averaged over the batch. Colour, in [-1, 1]: the
     squared error, which is -log N(x; output, 1/2 I) up to a constant. Grey,
     in [0, 1]: the cross-entropy -log p(x|z) in nats, where each pixel is a
     coin and the output its logit. It is a sum because log p of an image is
     the sum over its pixels, as the KL is one over latents: with a mean over
     pixels beta would be 3072 times what it says.
 
-    Another loss goes here, once for colour and once for grey: there take the
-    output's sigmoid first. Then give another --output_dir.
+    Another loss goes into the two returns below. For grey, take the output's
+    sigmoid first, unless the loss expects logits. Then give another
+    --output_dir, since changed code is not noticed.
     """
     if x.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(output, x, reduction="sum") / len(x)
@@ -324,22 +330,27 @@ class Trainer:
     """Encoder and decoder, their averages, the optimiser, and the training loop.
 
     run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on with the next
-    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    random numbers from checkpoint.pt if there is one, and goes on from there.
+    run.batches gives the batches of an epoch, in an order that depends on seed
+    and epoch alone; the last one may be smaller. run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
     sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop in `fit`,
-    run.epochs writes history.csv, run.html and checkpoint.pt.
+    the first and after the last. After each turn of the loop over epochs,
+    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
+    step under way is finished and checkpoint.pt is written; only a power cut
+    loses the epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged; only the first one writes and prints.
+    averaged. All of them draw, but only the first one writes and prints.
 
     train, test: two common.Images, which lie on the device as a whole:
     train.pixels (M, C, H, W) are all images as uint8, and train.batch(index)
     gives those of index (N,) as floats in [-1, 1] (grey: in [0, 1]), and their
     labels.
+
+    No layer here differs between train and eval mode.
     """
 
     def __init__(
@@ -367,15 +378,15 @@ class Trainer:
         self.target_beta, self.ema_decay = beta, ema_decay
         self.beta_schedule, self.beta_epochs = beta_schedule, beta_epochs
         device, side = train.device, train.pixels.shape[2]
-        # only layers compute in bfloat16; weights and losses are float32
+        # only layers compute in bfloat16; weights and losses are float32, and
+        # .float() in the networks brings their outputs back to it
         self.bfloat16 = common.use_bfloat16(precision, device)
         networks = make_networks(model_type, latent_dim, feature_maps, image_channels, side, device)
         self.encoder, self.decoder = networks
         self.ema_encoder, self.ema_decoder = copy.deepcopy(networks)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # These are tensors on the device, which `fit` may change with fill_.
-        # A CUDA graph would freeze a Python number at its first value.
-        # `fused` updates all tensors in one call.
+        # Tensors, since a recorded step would go on with a number as it was. `fit`
+        # may change them with fill_, in a continued run too.
         self.lr = torch.tensor(lr, device=device)
         self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
@@ -383,11 +394,11 @@ class Trainer:
         self.fixed_z = torch.randn(49, latent_dim).to(device)
 
     def losses(self, encoder, decoder, x):
-        """Images x (N, C, H, W) -> loss, reconstruction and KL per image.
+        """Images x (N, C, H, W) -> loss, reconstruction and KL, each a mean over the images.
 
         With beta 1 a VAE's loss is the negative evidence lower bound (ELBO), in
-        colour up to a constant. z is sampled in validation too, so that train and
-        test losses can be compared.
+        colour up to a constant. z is sampled for test images too, so that train
+        and test losses can be compared.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)
@@ -402,21 +413,21 @@ class Trainer:
     def step(self, x):
         """One step of Adam, and one of the averages. x (N, C, H, W); returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise.
-        Python runs only at the recording: an `if` on a counter keeps its first
-        branch, a number its first value, and .item() is an error. So keep what
+        On an NVIDIA GPU one call of this is recorded, and then replayed with new
+        noise but without Python, which is faster: an `if` keeps the branch that
+        was recorded, a number its value, and .item() is an error. So keep what
         changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add it to the dict that is
-        returned (`losses` may return it too, but then `evaluate` has one more
-        to add up); for a curve in the picture also to `panels` in draw_curves.
+        history.csv, a mean over the epoch's images, add a tensor with one number
+        to the dict that is returned; for a curve also to `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
         loss.backward()
         # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.optimizer)
-        # The loss is a sum over pixels, so the gradient of all weights together
-        # has a norm of 400 to 500. Cut to 1, all steps count alike.
+        # As in the exercise, the gradient of all weights together is cut to norm
+        # 1. The loss is a sum over pixels, so its norm is 400 to 500: every step
+        # is cut, and all have the same say in the means that Adam keeps.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -424,10 +435,11 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """ema = decay ema + (1 - decay) now, for every weight: the noise of single steps cancels.
+        """Exponential moving average: ema = decay ema + (1 - decay) now, for every weight.
 
-        The decay of step t is (1 + t) / (10 + t), at most ema_decay, so that
-        the first weights are soon forgotten.
+        The noise of single steps cancels in it. The decay of step t is
+        (1 + t) / (10 + t), at most ema_decay, so that the first weights are
+        soon forgotten.
         """
         # Adam's own count of steps, a tensor that a CUDA graph goes on counting
         t = self.optimizer.state[self.parameters[0]]["step"]
@@ -438,7 +450,7 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self):
-        """The losses of `step`, but for the averaged networks and all test images.
+        """The same losses as in `step`, here of the averaged networks and all test images.
 
         The loss has the epoch's beta in it: compare it between epochs, or
         between runs, only where beta is the same.
@@ -453,8 +465,8 @@ class Trainer:
     def beta_of(self, epoch):
         """The weight of the KL in an epoch (from 1), by the schedule.
 
-        The source of the linear schedule counts epochs from 0: there it is 0
-        in epoch 0, and 0.95 beta in epoch 19 of 20.
+        The exercise counts epochs from 0: there the linear schedule is 0 in
+        epoch 0, and 0.95 beta in epoch 19 of 20.
         """
         if self.beta_schedule == "constant":
             return self.target_beta
@@ -476,19 +488,19 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here. Compute it from the number of the epoch (from 1, in a
-            # continued run too), because an interrupted epoch begins twice. With a
-            # first rate of 0.001, for example:
+            # A decay goes here. Compute the rate from epoch, which counts from 1, and not from
+            # the last rate: an epoch that was stopped passes here again. For example, where
+            # 0.001 is the rate in the first epoch:
             #     self.lr.fill_(0.001 * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)
             self.beta.fill_(beta)
             for images, _ in run.batches():  # (N, C, H, W) on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here; run.step counts from 0 in
-                # each epoch, and is that of the step just done:
+                # A picture every 100 steps goes here. run.step is the number of the
+                # step just done, counted from 0 in each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # for another column, measured once an epoch, add it to this dict
+            # for another column, measured once an epoch, add a number to this dict
             history = run.end_epoch({**self.evaluate(), "beta": beta})
             if run.pictures_due:
                 self.draw(epoch)
@@ -498,24 +510,24 @@ class Trainer:
                 )
 
     @torch.no_grad()
-    def draw(self, number):
+    def draw(self, name):
         """Write reconstructions, samples, and the latent space where it is a plane."""
         low = -1.0 if self.test.normalize else 0.0
         some = torch.linspace(0, len(self.test) - 1, 36, device=self.test.device).long()
         images, _ = self.test.batch(some)  # (36, C, H, W)
-        # from mu, the best guess: noise would only blur the picture
+        # from mu, without noise: so pictures differ only as the networks do
         mu, _ = self.ema_encoder(images)
         rebuilt = self.ema_decoder.sample(mu)
         pairs = torch.stack([images, rebuilt], dim=1)  # (36, 2, C, H, W)
-        path = self.folder / f"reconstruction_epoch_{number}.png"
+        path = self.folder / f"reconstruction_epoch_{name}.png"
         common.save_grid(pairs.flatten(0, 1), path, columns=12, low=low)
-        # An autoencoder's samples are noise of a kind: nothing has taught its
-        # decoder what to make of z ~ N(0, I).
+        # Of a plain autoencoder these say little: nothing has taught its decoder
+        # what to make of z ~ N(0, I).
         samples = self.ema_decoder.sample(self.fixed_z)
-        path = self.folder / f"generated_image_epoch_{number}.png"
+        path = self.folder / f"generated_image_epoch_{name}.png"
         common.save_grid(samples, path, columns=7, low=low)
         if self.latent_dim == 2:
-            path = self.folder / f"latent_space_epoch_{number}.png"
+            path = self.folder / f"latent_space_epoch_{name}.png"
             draw_latent_space(self.ema_encoder, self.ema_decoder, self.test, path)
 
     def draw_curves(self, history, epoch):
@@ -596,7 +608,7 @@ def load_model(weights_path):
     as many columns of z as the model has latents. To encode: mu, logvar =
     encoder(images), of colour in [-1, 1], of grey in [0, 1].
     """
-    weights = common.load_weights(weights_path, "main_ae", "decoder")
+    weights = common.load_weights(weights_path, __file__, "decoder")
     side = weights["data"]["shape"][1]
     encoder, decoder = make_networks(**weights["model_kwargs"], image_size=side, device="cpu")
     encoder.load_state_dict(weights["encoder"])

@@ -9,8 +9,12 @@ run:    python main_cgan.py --num_epochs 20         (any key below is such an op
 writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for each class, a column for each z),
         train_loss_curve_{E}.png, history.csv, training.gif (the pictures over the epochs),
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch (the same command continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C (the same command
+        continues from it),
         weights_epoch_{E}.pt (for sampling)
+differs from the papers: convolutions and learned class vectors (2014: fully connected layers,
+        one-hot classes); cross-entropy without spectral norm (2018: hinge, with it); pictures
+        and weights are of an averaged G (ema_decay)
 expect: MNIST, 20 epochs, seed 0, float32: a classifier sees the asked digit in 99.6 % of 10,000
         samples (98.3 % in the worst class); diversity within a class 0.91 (worst 0.88); after 5
         epochs 98.8 % (97.6 %) and 0.95
@@ -38,7 +42,7 @@ model_kwargs = {
 # torch Dataset in the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 32,  # images a step
+    "batch_size": 32,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
@@ -59,8 +63,8 @@ run_kwargs = {
     "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
-    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
+    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
     "sample_every": 1,  # epochs between pictures and weights; also after the first and the last
 }
 
@@ -72,12 +76,11 @@ def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
     load_data and Run check the other keys of dataset_kwargs and run_kwargs.
-    What they refuse is a common.BadInput, which ends the script with exit
-    status 2.
+    Each refusal is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
-    then refused, since they were trained without it; not so for run_kwargs.
+    A key of your own goes into model_kwargs or trainer_kwargs, and into the
+    parameters of Trainer.__init__. Checkpoints that were made without it are
+    then refused.
     """
     for key in ("latent_dim", "embedding_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -216,7 +219,8 @@ def discriminator_loss(real_logits, fake_logits):
 
     It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of the logit. Both
     halves are means over the batch. At D = 1/2 everywhere the sum is 2 log 2
-    = 1.386.
+    = 1.386. torch computes it from the logit, since the log of a sigmoid that
+    has rounded to 0 is infinite.
     """
     real_targets = torch.ones_like(real_logits)
     fake_targets = torch.zeros_like(fake_logits)
@@ -229,7 +233,7 @@ def generator_loss(fake_logits):
     """Non-saturating loss -log D(G(z)), mean over the batch (section 3 of Goodfellow et al.).
 
     The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
-    is in proportion to D(G(z)), which is near 0 just then.
+    by the logit is only as large as D(G(z)), which is near 0 just then.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -269,7 +273,7 @@ def make_networks(train, latent_dim, embedding_dim, feature_maps, conditioning, 
 
 
 def make_adam(network, lr):
-    """Adam with DCGAN's beta1 of 0.5: with 0.9 the two networks swing about each other.
+    """Adam with beta1 0.5, as in DCGAN's paper, where 0.9 made training oscillate.
 
     `fused` updates all tensors of a network in one call.
     """
@@ -280,17 +284,20 @@ class Trainer:
     """The networks, their optimisers, and the training loop.
 
     run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on with the next
-    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    random numbers from checkpoint.pt if there is one, and goes on from there.
+    run.batches gives the batches of an epoch, in an order that depends on seed
+    and epoch alone; the last one may be smaller. run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
     sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop in `fit`,
-    run.epochs writes history.csv, run.html and checkpoint.pt.
+    the first and after the last. After each turn of the loop over epochs,
+    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
+    step under way is finished and checkpoint.pt is written; only a power cut
+    loses the epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged; only the first one writes and prints.
+    averaged. All of them draw, but only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -322,8 +329,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # Tensors, because a recorded CUDA graph keeps the value of a number.
-        # `fit` may change them with fill_, in a continued run too.
+        # Tensors, since a recorded step would go on with a number as it was. `fit`
+        # may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -348,12 +355,12 @@ class Trainer:
     def step(self, real, labels):
         """One step of D, then one of G. real (N, C, H, W), labels (N,); returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise.
-        Python runs only at the recording: an `if` on a counter keeps its first
-        branch, a number its first value, and .item() is an error. So keep what
+        On an NVIDIA GPU one call of this is recorded, and then replayed with new
+        noise but without Python, which is faster: an `if` keeps the branch that
+        was recorded, a number its value, and .item() is an error. So keep what
         changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add it to the dict that is
-        returned; for a curve in the picture also to `panels` in draw_curves.
+        history.csv, a mean over the epoch's images, add a tensor with one number
+        to the dict that is returned; for a curve also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
         # Each half in a pass of its own: batch norm sees one kind of image at
@@ -452,14 +459,14 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here. Compute it from the number of the epoch (from 1, in a
-            # continued run too), because an interrupted epoch begins twice. With a
-            # first rate of 0.0005, for example:
+            # A decay goes here. Compute the rate from epoch, which counts from 1, and not from
+            # the last rate: an epoch that was stopped passes here again. For example, where
+            # 0.0005 is the rate in the first epoch, and the same for self.discriminator_lr:
             #     self.generator_lr.fill_(0.0005 * 0.99 ** (epoch - 1))
             for images, labels in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images, labels)
-                # A picture every 100 steps goes here; run.step counts from 0 in
-                # each epoch, and is that of the step just done:
+                # A picture every 100 steps goes here. run.step is the number of the
+                # step just done, counted from 0 in each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # for another column, measured once an epoch, add it to this dict
@@ -473,13 +480,13 @@ class Trainer:
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.ema_generator)
         self.draw_animation()
 
-    def draw(self, epoch):
+    def draw(self, name):
         """Write samples: a row for each class, of the first fifty, and a column for each z."""
         names = self.train.class_names[:50]
         labels = torch.arange(len(names), device=self.train.device).repeat_interleave(10)
         z = self.fixed_z[:10].repeat(len(names), 1)  # (10 rows, latent_dim)
-        title = f"{self.train.name}, epoch {epoch}"
-        path = self.folder / f"generated_image_epoch_{epoch}.png"
+        title = f"{self.train.name}, epoch {name}"
+        path = self.folder / f"generated_image_epoch_{name}.png"
         save_named_grid(self.sample(z, labels), names, title, path)
 
     def draw_curves(self, history, epoch):
@@ -556,7 +563,7 @@ def load_generator(weights_path):
 
     To sample: load_generator(path).sample([2, 0, 2, 6]) gives (4, C, H, W).
     """
-    weights = common.load_weights(weights_path, "main_cgan", "generator")
+    weights = common.load_weights(weights_path, __file__, "generator")
     kwargs, data = weights["model_kwargs"], weights["data"]
     generator = Generator(
         kwargs["latent_dim"],
@@ -584,6 +591,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
         model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    # a GAN has no use for the test images
     train, _ = common.load_data(
         **dataset_kwargs,
         image_channels=model_kwargs["image_channels"],

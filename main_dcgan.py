@@ -6,8 +6,11 @@ run:    python main_dcgan.py --num_epochs 10        (any key below is such an op
         torchrun --nproc_per_node=2 main_dcgan.py   (two processes, a batch each)
 writes: cifar10_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch (the same command continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C (the same command
+        continues from it),
         weights_epoch_{E}.pt (for sampling)
+differs from the paper: batches of 16 (there: 128) and a normal z (there: uniform), as in the
+        exercise that it follows; pictures and weights are of an averaged G (ema_decay)
 expect: CIFAR-10, 10 epochs, seed 0, float32: shapes of cars, birds, ships; D(x) 0.75,
         D(G(z)) 0.25, diversity 0.98; 43 min on one core of an AMD EPYC
 """
@@ -31,7 +34,7 @@ model_kwargs = {
 # torch Dataset in the place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 16,  # images a step
+    "batch_size": 16,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
@@ -52,8 +55,8 @@ run_kwargs = {
     "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
-    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
+    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
     "sample_every": 50,  # epochs between pictures and weights; also after the first and the last
 }
 
@@ -65,12 +68,11 @@ def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
     load_data and Run check the other keys of dataset_kwargs and run_kwargs.
-    What they refuse is a common.BadInput, which ends the script with exit
-    status 2.
+    Each refusal is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
-    then refused, since they were trained without it; not so for run_kwargs.
+    A key of your own goes into model_kwargs or trainer_kwargs, and into the
+    parameters of Trainer.__init__. Checkpoints that were made without it are
+    then refused.
     """
     for key in ("latent_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -164,7 +166,8 @@ def discriminator_loss(real_logits, fake_logits):
 
     It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of the logit. Both
     halves are means over the batch. At D = 1/2 everywhere the sum is 2 log 2
-    = 1.386.
+    = 1.386. torch computes it from the logit, since the log of a sigmoid that
+    has rounded to 0 is infinite.
     """
     real_targets = torch.ones_like(real_logits)
     fake_targets = torch.zeros_like(fake_logits)
@@ -177,7 +180,7 @@ def generator_loss(fake_logits):
     """Non-saturating loss -log D(G(z)), mean over the batch (section 3 of Goodfellow et al.).
 
     The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
-    is in proportion to D(G(z)), which is near 0 just then.
+    by the logit is only as large as D(G(z)), which is near 0 just then.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -201,7 +204,7 @@ def make_networks(train, latent_dim, feature_maps, image_channels):
 
 
 def make_adam(network, lr):
-    """Adam with DCGAN's beta1 of 0.5: with 0.9 the two networks swing about each other.
+    """Adam with beta1 0.5, as in DCGAN's paper, where 0.9 made training oscillate.
 
     `fused` updates all tensors of a network in one call.
     """
@@ -212,17 +215,20 @@ class Trainer:
     """The networks, their optimisers, and the training loop.
 
     run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on with the next
-    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    random numbers from checkpoint.pt if there is one, and goes on from there.
+    run.batches gives the batches of an epoch, in an order that depends on seed
+    and epoch alone; the last one may be smaller. run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
     sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop in `fit`,
-    run.epochs writes history.csv, run.html and checkpoint.pt.
+    the first and after the last. After each turn of the loop over epochs,
+    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
+    step under way is finished and checkpoint.pt is written; only a power cut
+    loses the epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged; only the first one writes and prints.
+    averaged. All of them draw, but only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -253,8 +259,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # Tensors, because a recorded CUDA graph keeps the value of a number.
-        # `fit` may change them with fill_, in a continued run too.
+        # Tensors, since a recorded step would go on with a number as it was. `fit`
+        # may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -278,12 +284,12 @@ class Trainer:
     def step(self, real):
         """One step of D, then one of G. real (N, C, H, W) in [-1, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise.
-        Python runs only at the recording: an `if` on a counter keeps its first
-        branch, a number its first value, and .item() is an error. So keep what
+        On an NVIDIA GPU one call of this is recorded, and then replayed with new
+        noise but without Python, which is faster: an `if` keeps the branch that
+        was recorded, a number its value, and .item() is an error. So keep what
         changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add it to the dict that is
-        returned; for a curve in the picture also to `panels` in draw_curves.
+        history.csv, a mean over the epoch's images, add a tensor with one number
+        to the dict that is returned; for a curve also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
         # Each half in a pass of its own: batch norm sees one kind of image at
@@ -362,18 +368,18 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here. Compute it from the number of the epoch (from 1, in a
-            # continued run too), because an interrupted epoch begins twice. With a
-            # first rate of 0.0002, for example:
+            # A decay goes here. Compute the rate from epoch, which counts from 1, and not from
+            # the last rate: an epoch that was stopped passes here again. For example, where
+            # 0.0002 is the rate in the first epoch, and the same for self.discriminator_lr:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
             for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here; run.step counts from 0 in
-                # each epoch, and is that of the step just done:
+                # A picture every 100 steps goes here. run.step is the number of the
+                # step just done, counted from 0 in each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1 is as varied as the data; towards 0 is mode collapse: all alike
+            # 1: as varied as the data; towards 0: all alike (mode collapse); above 1: noise
             diversity = mean_distance(samples) / self.real_distance
             # for another column, measured once an epoch, add it to this dict
             measured = {"diversity": diversity}
@@ -385,10 +391,10 @@ class Trainer:
                 self.draw_curves(history, epoch)
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.ema_generator)
 
-    def draw(self, epoch):
-        """Write sixty-four samples as generated_image_epoch_{epoch}.png."""
+    def draw(self, name):
+        """Write sixty-four samples as generated_image_epoch_{name}.png."""
         samples = self.sample(self.fixed_z[:64])
-        common.save_grid(samples, self.folder / f"generated_image_epoch_{epoch}.png", columns=8)
+        common.save_grid(samples, self.folder / f"generated_image_epoch_{name}.png", columns=8)
 
     def draw_curves(self, history, epoch):
         """Write the history so far, a list of rows {column: value}, as curves."""
@@ -409,7 +415,7 @@ def load_generator(weights_path):
 
     To sample: load_generator(path)(torch.randn(16, 100)) gives (16, C, H, W).
     """
-    weights = common.load_weights(weights_path, "main_dcgan", "generator")
+    weights = common.load_weights(weights_path, __file__, "generator")
     side = weights["data"]["shape"][1]
     generator = Generator(**weights["model_kwargs"], image_size=side)
     generator.load_state_dict(weights["generator"])
@@ -430,6 +436,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
         model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    # a GAN has no use for the test images
     train, _ = common.load_data(
         **dataset_kwargs,
         image_channels=model_kwargs["image_channels"],

@@ -6,10 +6,13 @@ run:    python main_gan.py --num_epochs 20          (any key below is such an op
         torchrun --nproc_per_node=2 main_gan.py     (two processes, a batch each)
 writes: mnist_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch (the same command continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C (the same command
+        continues from it),
         weights_epoch_{E}.pt (for sampling)
-expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37, diversity 0.97;
-        3.4 min on one core of an AMD EPYC
+differs from the paper: D has LeakyReLU and no dropout (there: maxout and dropout), Adam (there:
+        momentum), smoothed labels, and He weights in G; the reasons stand at each
+expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37, diversity 0.97,
+        losses 1.18 and 1.22; 3.4 min on one core of an AMD EPYC
 """
 
 import math
@@ -32,7 +35,7 @@ model_kwargs = {
 # torch Dataset in the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 16,  # images a step
+    "batch_size": 16,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
@@ -41,7 +44,7 @@ trainer_kwargs = {
     "num_epochs": 200,  # may grow later: the run continues; 0 only checks settings and data
     "generator_lr": 0.0002,  # Adam's learning rate
     "discriminator_lr": 0.0002,  # Adam's learning rate
-    "real_label": 0.9,  # target for real images: below 1 it keeps D from growing too sure
+    "real_label": 0.9,  # target for real images; below 1 (label smoothing) D grows less sure
     "fake_label": 0.1,  # target for generated images, above 0 for the same reason
     "output_dir": "mnist_GAN",  # everything is written there
 }
@@ -49,8 +52,8 @@ run_kwargs = {
     "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
-    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
+    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
     "sample_every": 50,  # epochs between pictures and weights; also after the first and the last
 }
 
@@ -58,12 +61,12 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
-    refuse is a common.BadInput, which ends the script with exit status 2.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
+    refusal is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
-    then refused, since they were trained without it; not so for run_kwargs.
+    A key of your own goes into model_kwargs or trainer_kwargs, and into the
+    parameters of Trainer.__init__. Checkpoints that were made without it are
+    then refused.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -93,10 +96,10 @@ class Generator(nn.Module):
         )
         for layer in self.model:
             if isinstance(layer, nn.Linear):
-                # He et al. 2015. torch's own start is 2.4 times smaller, and
-                # from there D ran away from G on MNIST: the diversity of the
-                # samples fell to 0.00001 by epoch 13. From this start it was
-                # 0.92 after 4 epochs. D does well with torch's own.
+                # He et al. 2015. torch's own weights are 2.4 times smaller. With
+                # them, on MNIST, D soon told all images apart and the samples
+                # became alike: their diversity (see `fit`) fell to 0.00001 by
+                # epoch 13. With these it was 0.92 after 4 epochs. D keeps torch's.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -128,15 +131,17 @@ class Discriminator(nn.Module):
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
-    """Cross-entropy of D in nats; with targets 1 and 0 it is the negative of eq. (1).
+    """Cross-entropy of D in nats (natural logarithms).
 
-    Eq. (1) is the game: min over G, max over D of
-    E[log D(x)] + E[log(1 - D(G(z)))].
+    With targets 1 and 0 it is the negative of the paper's eq. (1), the game:
+    min over G, max over D of E[log D(x)] + E[log(1 - D(G(z)))], for images x
+    of the data and z ~ N(0, I).
 
     For a target t the loss is -t log D - (1 - t) log(1 - D), with D the sigmoid
     of the logit. Both halves are means over the batch. At D = 1/2 everywhere the
     sum is 2 log 2 = 1.386, whatever the targets. With 0.9 and 0.1 it cannot
-    fall below 0.650, where D answers 0.9 and 0.1.
+    fall below 0.650, where D answers 0.9 and 0.1. torch computes it from the
+    logit, since the log of a sigmoid that has rounded to 0 is infinite.
     """
     real_targets = torch.full_like(real_logits, real_label)
     fake_targets = torch.full_like(fake_logits, fake_label)
@@ -149,7 +154,8 @@ def generator_loss(fake_logits):
     """Non-saturating loss -log D(G(z)), mean over the batch (end of section 3 of the paper).
 
     The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
-    is in proportion to D(G(z)), which is near 0 just then.
+    by the logit is only as large as D(G(z)), which is near 0 just then. The
+    target is 1 and not real_label, since only D's are smoothed.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -161,7 +167,7 @@ def mean_distance(images):
 
 
 def make_adam(network, lr):
-    """Adam with DCGAN's beta1 of 0.5: with 0.9 the two networks swing about each other.
+    """Adam with beta1 0.5, as in DCGAN's paper, where 0.9 made training oscillate.
 
     lr: a tensor. `fused` updates all tensors of the network in one call.
     """
@@ -172,21 +178,25 @@ class Trainer:
     """Both networks, their optimisers, and the training loop.
 
     run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on with the next
-    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    random numbers from checkpoint.pt if there is one, and goes on from there.
+    run.batches gives the batches of an epoch, in an order that depends on seed
+    and epoch alone; the last one may be smaller. run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
     sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop in `fit`,
-    run.epochs writes history.csv, run.html and checkpoint.pt.
+    the first and after the last. After each turn of the loop over epochs,
+    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
+    step under way is finished and checkpoint.pt is written; only a power cut
+    loses the epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged; only the first one writes and prints.
+    averaged. All of them draw, but only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, 1, H, W) are all its images as uint8, and train.batch(index) gives those
-    of index (N,) as floats in [-1, 1], and their labels.
+    of index (N,) as floats in [-1, 1], and their labels. All is computed in
+    float32: in bfloat16 a step of these small layers took 1.12 times as long.
     """
 
     def __init__(
@@ -213,13 +223,14 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, because a recorded CUDA graph keeps the value of a number.
-        # `fit` may change them with fill_, in a continued run too.
+        # Tensors, since a recorded step would go on with a number as it was. `fit`
+        # may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # for all pictures, so that epochs can be compared
+        # The same in every epoch, so that epochs can be compared: the first 16 for
+        # the pictures, all for the diversity, beside that of as many real images.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
         self.real_distance = mean_distance(real_images)
@@ -227,18 +238,18 @@ class Trainer:
     def step(self, real):
         """One step of D, then one of G. real (N, image_size) in [-1, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise.
-        Python runs only at the recording: an `if` on a counter keeps its first
-        branch, a number its first value, and .item() is an error. So keep what
+        On an NVIDIA GPU one call of this is recorded, and then replayed with new
+        noise but without Python, which is faster: an `if` keeps the branch that
+        was recorded, a number its value, and .item() is an error. So keep what
         changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add it to the dict that is
-        returned; for a curve in the picture also to `panels` in draw_curves.
+        history.csv, a mean over the epoch's images, add a tensor with one number
+        to the dict that is returned; for a curve also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
 
-        # D sees both halves in one pass, which is safe because it has no
-        # batch norm. Detached images teach only D.
+        # D sees both halves in one pass: there is no batch norm in it, in which
+        # they would mix. Detached images teach only D.
         logits = self.discriminator(torch.cat([real, fake.detach()]))  # (2N,)
         real_logits, fake_logits = logits.chunk(2)  # (N,) each
         d_loss = discriminator_loss(real_logits, fake_logits, self.real_label, self.fake_label)
@@ -287,19 +298,18 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here. Compute it from the number of the epoch (from 1, in a
-            # continued run too), because an interrupted epoch begins twice. With a
-            # first rate of 0.0002, for example, by one per cent an epoch:
+            # A decay goes here. Compute the rate from epoch, which counts from 1, and not from
+            # the last rate: an epoch that was stopped passes here again. For example, where
+            # 0.0002 is the rate in the first epoch, and the same for self.discriminator_lr:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
-            # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here; run.step counts from 0 in
-                # each epoch, and is that of the step just done:
+                # A picture every 100 steps goes here. run.step is the number of the
+                # step just done, counted from 0 in each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1 is as varied as the data; towards 0 is mode collapse: all alike
+            # 1: as varied as the data; towards 0: all alike (mode collapse); above 1: noise
             diversity = mean_distance(samples) / self.real_distance
             # for another column, measured once an epoch, add it to this dict
             history = run.end_epoch({"diversity": diversity})
@@ -308,10 +318,10 @@ class Trainer:
                 self.draw_curves(history, epoch)
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.generator)
 
-    def draw(self, epoch):
-        """Write sixteen samples as generated_image_epoch_{epoch}.png."""
+    def draw(self, name):
+        """Write sixteen samples as generated_image_epoch_{name}.png."""
         samples = self.sample(self.fixed_z[:16])
-        common.save_grid(samples, self.folder / f"generated_image_epoch_{epoch}.png", columns=4)
+        common.save_grid(samples, self.folder / f"generated_image_epoch_{name}.png", columns=4)
 
     def draw_curves(self, history, epoch):
         """Write the history so far, a list of rows {column: value}, as curves."""
@@ -327,10 +337,10 @@ class Trainer:
 def load_generator(weights_path):
     """The generator of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
 
-    To sample: load_generator(path)(torch.randn(16, 64)) gives (16, 784), each
-    28 x 28.
+    To sample: load_generator(path)(torch.randn(16, 64)) gives (16, 784) in
+    [-1, 1], each 28 x 28; common.save_grid draws them as (16, 1, 28, 28).
     """
-    weights = common.load_weights(weights_path, "main_gan", "generator")
+    weights = common.load_weights(weights_path, __file__, "generator")
     kwargs = weights["model_kwargs"]
     generator = Generator(
         kwargs["latent_variable_size"], kwargs["generator_hidden_size"], kwargs["image_size"]
@@ -351,6 +361,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """
     check_settings({**model_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
+    # a GAN has no use for the test images
     train, _ = common.load_data(
         **dataset_kwargs,
         image_size=math.isqrt(model_kwargs["image_size"]),

@@ -8,8 +8,11 @@ run:    python main_vae.py                  (any key below is an option: --num_e
 writes: mnist_VAE/: generated_image_epoch_{E}.png, reconstruction_epoch_{E}.png,
         train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt (the same command continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C (the same command
+        continues from it),
         weights_epoch_{E}.pt (for sampling)
+differs from the paper: two hidden layers of 1024 ReLU (there: one of 500, tanh), Adam with a rate
+        that halves (there: Adagrad), He weights
 expect: MNIST, 50 epochs, seed 0, bfloat16: test loss 96.9 nats per image (below 100 from epoch
         15 on), KL 24.3, log p(x) >= -93.4 with 50 samples; 16 min on one core of an AMD EPYC
 """
@@ -33,7 +36,7 @@ model_kwargs = {
 # torch Dataset in the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 128,  # images a step; 16 is slow, since Adam rewrites every weight once a step
+    "batch_size": 128,  # images a step, in each process; 16 is slow: each step rewrites all weights
     "shuffle": True,  # a new order every epoch
     "normalize": False,  # pixels in [0, 1], which the likelihood needs; true ([-1, 1]) is refused
     "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
@@ -52,8 +55,8 @@ run_kwargs = {
     "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
-    "cuda_graph": True,  # record each step once on an NVIDIA GPU and replay it
-    "resume": True,  # go on from checkpoint.pt, whose settings must be these; false starts over
+    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
     "sample_every": 10,  # epochs between pictures and weights; also after the first and the last
 }
 
@@ -61,12 +64,12 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. What they
-    refuse is a common.BadInput, which ends the script with exit status 2.
+    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
+    refusal is a common.BadInput, which ends the script with exit status 2.
 
-    A key of your own goes into a dict and into the parameters of what receives
-    the dict (of trainer_kwargs: Trainer.__init__). Checkpoints from before are
-    then refused, since they were trained without it; not so for run_kwargs.
+    A key of your own goes into model_kwargs or trainer_kwargs, and into the
+    parameters of Trainer.__init__. Checkpoints that were made without it are
+    then refused.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -199,17 +202,20 @@ class Trainer:
     """Encoder, decoder, their optimiser, and the training loop.
 
     run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on with the next
-    epoch. run.batches gives the images of an epoch, run.train_step calls `step`
+    random numbers from checkpoint.pt if there is one, and goes on from there.
+    run.batches gives the batches of an epoch, in an order that depends on seed
+    and epoch alone; the last one may be smaller. run.train_step calls `step`
     and keeps the scalars that it returns, run.end_epoch adds a row of their
     means to the history and returns all rows, and run.save_weights writes what
     sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop in `fit`,
-    run.epochs writes history.csv, run.html and checkpoint.pt.
+    the first and after the last. After each turn of the loop over epochs,
+    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
+    step under way is finished and checkpoint.pt is written; only a power cut
+    loses the epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged; only the first one writes and prints.
+    averaged. All of them draw, but only the first one writes and prints.
 
     train, test: two common.Images, which lie on the device as a whole:
     train.pixels (M, 1, H, W) are all images as uint8, and train.batch(index)
@@ -243,9 +249,8 @@ class Trainer:
         self.encoder = Encoder(hidden_size, latent_dim, image_size).to(device)
         self.decoder = Decoder(hidden_size, latent_dim, image_size).to(device)
         parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # The learning rate is a tensor on the device, which `fit` changes
-        # with fill_. A CUDA graph would freeze a Python number at its first
-        # value. `fused` updates all tensors in one call.
+        # A tensor, since a recorded step would go on with a number as it was: `fit`
+        # changes it with fill_. `fused` updates all weights in one call.
         self.lr = torch.tensor(lr, device=device)
         self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=True)
         # every picture is drawn from the same latent vectors and the same
@@ -272,12 +277,12 @@ class Trainer:
     def step(self, x):
         """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
 
-        On an NVIDIA GPU this is recorded once and replayed, with new noise.
-        Python runs only at the recording: an `if` on a counter keeps its first
-        branch, a number its first value, and .item() is an error. So keep what
+        On an NVIDIA GPU one call of this is recorded, and then replayed with new
+        noise but without Python, which is faster: an `if` keeps the branch that
+        was recorded, a number its value, and .item() is an error. So keep what
         changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add it to the dict that is
-        returned; for a curve in the picture also to `panels` in draw_curves.
+        history.csv, a mean over the epoch's images, add a tensor with one number
+        to the dict that is returned; for a curve also to `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
@@ -355,8 +360,8 @@ class Trainer:
                 self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
             for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here; run.step counts from 0 in
-                # each epoch, and is that of the step just done:
+                # A picture every 100 steps goes here. run.step is the number of the
+                # step just done, counted from 0 in each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             # for another column, measured once an epoch, add it to this dict
@@ -374,13 +379,13 @@ class Trainer:
                     f"weights_epoch_{epoch}.pt", encoder=self.encoder, decoder=self.decoder
                 )
 
-    def draw(self, number):
+    def draw(self, name):
         """Write a hundred samples as one picture, and fifty reconstructions as another."""
         samples = self.decoder.sample(self.fixed_z).unflatten(1, self.train.pixels.shape[1:])
-        path = self.folder / f"generated_image_epoch_{number}.png"
+        path = self.folder / f"generated_image_epoch_{name}.png"
         common.save_grid(samples, path, columns=10, low=0.0)
         rows = self.reconstruct(self.fixed_images)
-        path = self.folder / f"reconstruction_epoch_{number}.png"
+        path = self.folder / f"reconstruction_epoch_{name}.png"
         common.save_grid(rows, path, columns=10, low=0.0)
 
     @torch.no_grad()
@@ -406,7 +411,7 @@ class Trainer:
 
 def load_model(weights_path):
     """(encoder, decoder) of a weights_epoch_{E}.pt. Raises common.BadInput for any other file."""
-    weights = common.load_weights(weights_path, "main_vae", "decoder")
+    weights = common.load_weights(weights_path, __file__, "decoder")
     encoder = Encoder(**weights["model_kwargs"])
     decoder = Decoder(**weights["model_kwargs"])
     encoder.load_state_dict(weights["encoder"])

@@ -438,3 +438,20 @@ def test_every_script_takes_a_data_set_of_one_s_own(name, tmp_path, monkeypatch,
     assert weights["data"]["shape"] == list(train.pixels.shape[1:])
     load = getattr(script, "load_generator", None) or script.load_model
     load(next(tmp_path.glob("out/weights_*.pt")))
+
+
+# ------------------------------------------------------------------------ a copy of one's own
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_a_copy_under_another_name_reads_the_weights_that_it_wrote(name, tmp_path):
+    copy = tmp_path / "mine.py"
+    copy.write_bytes((ROOT / f"{name}.py").read_bytes())
+    names = runpy.run_path(str(copy))
+    load = names.get("load_generator") or names["load_model"]
+    shipped = ROOT / "weights" / f"{name}.pt"
+    with pytest.raises(common.BadInput, match=f"was written by {name}.py, not by mine.py"):
+        load(shipped)
+    weights = torch.load(shipped, weights_only=True)
+    torch.save({**weights, "script": "mine"}, tmp_path / "weights_epoch_1.pt")
+    load(tmp_path / "weights_epoch_1.pt")
