@@ -13,10 +13,11 @@ run:    python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4
         python detect_vae_anomalies.py      (takes the newest weights with an encoder)
 writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png,
         anomaly_detection.csv
-expect: MNIST, ten models, each trained for 10 epochs without one digit; mean AUROC of that
-        digit: with 32 latents reconstruction 0.705, latent distance 0.923, feature distance
-        0.953; with 2 latents reconstruction 0.773, latent distance 0.457; pixel distance,
-        which needs no network, 0.852; a minute a model on one core of an AMD EPYC
+expect: MNIST, ten models, each trained for 10 epochs without one digit; mean
+        AUROC of that digit: with 32 latents reconstruction 0.705, latent
+        distance 0.923, feature distance 0.953; with 2 latents reconstruction
+        0.773, latent distance 0.457; pixel distance, which needs no network,
+        0.852; a minute a model on one core of an AMD EPYC
 """
 
 import math

@@ -9,8 +9,8 @@ writes: scores/: {metric}_of_{generated}.json (with --real: _from_{real}), and .
         (generated images above the real images nearest to them);
         .fid/ beside the data: features of the real images, and the classifier,
         so that they are computed once
-expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149, 70.7
-        (floor 2.50), N 10,000; 40 s on one core
+expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149,
+        70.7 (floor 2.50), N 10,000; 40 s on one core
 """
 
 import hashlib

@@ -6,25 +6,30 @@ paper:  GAN: Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
         R3GAN: Huang et al. 2024, https://arxiv.org/abs/2501.05441
         its pairs: Jolicoeur-Martineau 2018, https://arxiv.org/abs/1807.00734
         its penalties R1 and R2: Mescheder et al. 2018, https://arxiv.org/abs/1801.04406
+course: CMU 16-824, Visual Learning and Recognition, spring 2022, assignment 3
 run:    python gan_cub.py                       (any key below is an option: --loss lsgan)
         python gan_cub.py --experiment losses   (all four in turn, compared)
         python gan_cub.py --experiment r3gan    (what each half of its loss does)
         torchrun --nproc_per_node=2 gan_cub.py  (two processes, a batch each)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
-writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, fid_vs_iterations.png, history.csv,
+writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, history.csv, fid_vs_iterations.png
+        (the curves with the score, FID or not; without one train_loss_curve.png),
         run.html (open it to watch: pictures and curves),
         checkpoint.pt, after every period of sample_every iterations and at
         Ctrl-C (the same command continues from it),
         weights_iteration_{I}.pt and weights_best.pt, of the best score (for sampling);
         an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
-differs from the papers: D sums its last map over the places, as the exercise that it follows
-        does, where Gulrajani et al. take the mean; all losses, so r3gan too, have one pair of
-        networks, so that they can be compared; pictures and weights are of an averaged G
-expect: much smaller than the default, on 5,430 birds of CUB-200 of 2010 (width 32, batch 32,
-        lr 0.0008, 4,500 iterations, seed 0, bfloat16); classifier distance, less is better, N
-        2,000: gan 908, lsgan 742, wgan-gp 268, r3gan 397, half an hour for the four on one
-        core of an AMD EPYC; r3gan with lr 0.0004 after 16,000 iterations 236, 41 min; the
-        loss of wgan-gp goes from -3.9 to -2.2, its penalty from 0.08 to 0.016
+differs from the papers: D sums its last map over the places, as in the course,
+        where Gulrajani et al. take the mean; all losses, so r3gan too, have one
+        pair of networks, so that they can be compared; pictures and weights are
+        of an averaged G, which is steadier
+expect: much smaller than the default, on 5,430 birds of CUB-200 of 2010
+        (feature_maps 32, batch_size 32, lr 0.0008, 4,500 iterations, seed 0,
+        bfloat16); classifier distance of 2,000 images, less is better: gan 908,
+        lsgan 742, wgan-gp 268, r3gan 397, half an hour for the four on one core
+        of an AMD EPYC; r3gan with lr 0.0004 after 16,000 iterations 236, 41
+        min; the loss of wgan-gp goes from -3.9 to -2.2, its penalty from 0.08
+        to 0.016
 """
 
 import dataclasses
@@ -36,9 +41,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import common
-import fid
-import training
+import common  # data sets, pictures and weights files
+import fid  # scores
+import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "latent_dim": 128,  # entries of the latent vector z ~ N(0, I); at least 2
@@ -52,7 +57,7 @@ dataset_kwargs = {
     "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
     "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
     "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
-    "jpeg_quality": 0,  # of cub, compressed after resizing (the exercise: 75); 0 does not compress
+    "jpeg_quality": 0,  # of cub, compressed after resizing (the course: 75); 0 does not compress
     "horizontal_flip": False,  # mirror half of the training images at random: not for digits
 }
 trainer_kwargs = {
@@ -68,7 +73,7 @@ trainer_kwargs = {
     "output_dir": "cub_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores: right for convolutions
     "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
@@ -78,7 +83,7 @@ run_kwargs = {
 experiment_kwargs = {
     "experiment": "none",  # none | losses | r3gan; trains several settings in turn and compares
 }
-# What suits each loss: the settings of the exercise; for r3gan one step of each
+# What suits each loss: the course's settings; for r3gan one step of each
 # network, as in Huang et al., and a weight that suits the birds. The weight
 # is lambda in wgan-gp; in every other loss it is gamma, of R1 and R2.
 LOSS_DEFAULTS = {
@@ -117,8 +122,9 @@ def suit_loss(loss, d_steps, penalty_weight):
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
-    refusal is a common.BadInput, which ends the script with exit status 2.
+    common.load_data and training.Run check the other keys of dataset_kwargs and
+    run_kwargs. Each refusal is a common.BadInput, which ends the script with
+    exit status 2.
 
     A key of your own goes into model_kwargs or trainer_kwargs, and into the
     parameters of Trainer.__init__. Checkpoints that were made without it are
@@ -277,7 +283,7 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(feature_maps, 1)
 
     def forward(self, x):
-        # a sum of 64 places, in float32 even if the layers compute in bfloat16
+        # the sum of 64 places is in float32; the linear layer may be in bfloat16 again
         features = self.blocks(x).float().sum(dim=(2, 3))  # (N, 128)
         return self.linear(features).squeeze(1).float()
 
@@ -368,8 +374,10 @@ LOSSES = {
 def gradient_penalty(critic, real, fake, epsilon):
     """(|gradient of the critic at epsilon x + (1 - epsilon) G(z)| - 1)^2, mean over the batch.
 
-    Gulrajani et al., eq. (3); the norm is over C, H and W. real, fake (N, C,
-    H, W); epsilon (N, 1, 1, 1) in [0, 1).
+    Gulrajani et al., eq. (3); the norm is over C, H and W. It holds the slope
+    of the critic, as a WGAN's D is called, near 1: without a bound on it the
+    critic could lower its loss for ever. real, fake (N, C, H, W); epsilon (N,
+    1, 1, 1) in [0, 1).
     """
     mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
     mixed = mixed.detach().requires_grad_()
@@ -384,11 +392,12 @@ def gradient_penalty(critic, real, fake, epsilon):
 def zero_centred_penalty(images, logits):
     """|gradient of D|^2, mean over real and generated images together: (R1 + R2) / gamma.
 
-    Mescheder et al., eqs. (9) and (10): R1 is gamma / 2 times its mean over
-    the N real images, R2 over the N generated ones; a mean over all 2N is half
-    their sum already. It lets D come to rest once it cannot tell the two
-    apart: then it is best without any slope. images (2N, C, H, W), halves of
-    one size, which require a gradient; logits (2N,) are D's of them.
+    gamma is penalty_weight. Mescheder et al., eqs. (9) and (10): R1 is gamma /
+    2 times its mean over the N real images, R2 over the N generated ones; a
+    mean over all 2N is half their sum already. Once D cannot tell the two
+    apart, a constant D has the least loss, so that D can come to rest. images
+    (2N, C, H, W), halves of one size, which require a gradient; logits (2N,)
+    are D's of them.
     """
     # As above, an image's gradient is that of its own logit.
     total = logits.sum()
@@ -405,7 +414,8 @@ def mean_distance(images):
 def make_networks(latent_dim, feature_maps, image_shape, device):
     """(generator, its average, discriminator) for images of shape (C, H, W), on the device.
 
-    They start from torch's own weights (He et al. 2015, uniform).
+    They start from torch's own weights, as in the course: uniform, and smaller
+    than 1 / sqrt(inputs of a unit).
     """
     image_channels, image_size, _ = image_shape
     generator = Generator(latent_dim, feature_maps, image_channels, image_size)
@@ -479,7 +489,8 @@ class Trainer:
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged. All of them draw, but only the first one writes and prints.
+    averaged, and batch norm's statistics too. All of them draw, but only the
+    first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -516,8 +527,8 @@ class Trainer:
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
-        # A tensor, since a recorded step would go on with a number as it was. Both
-        # optimisers keep this very tensor, in a continued run too.
+        # A tensor, since a recorded step (see `step`) would not notice a new number.
+        # Both optimisers hold this very one, in a continued run too.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
@@ -534,13 +545,13 @@ class Trainer:
     def step(self, real):
         """d_steps iterations, then one step of G. real (d_steps * N, C, H, W) in [-1, 1].
 
-        On an NVIDIA GPU one call of this is recorded, and then replayed with new
-        noise but without Python, which is faster: an `if` keeps the branch that
-        was recorded, a number its value, and .item() is an error. So keep what
-        changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the period, add a tensor with one number to the
-        dict that is returned here or by discriminator_step; for a curve also to
-        `panels` in draw_curves.
+        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
+        then repeated, with new noise but without this Python: an `if` keeps to
+        the recorded branch, a number to its value, and .item() is an error. So
+        keep what changes in a tensor, as the learning rate is. For another
+        column in history.csv add a tensor with one number to the dict that is
+        returned here or by discriminator_step; for a curve also to `panels` in
+        draw_curves.
         """
         rows = []
         parts = real.chunk(self.d_steps)  # (N, C, H, W) each
@@ -654,12 +665,13 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         periods = self.num_iterations // self.sample_every
-        steps = self.sample_every // self.d_steps
         size = self.sample_every
-        # `steps` calls of `step` in each; printed and written as so many iterations
+        # A period is so many calls of `step`, but printed and written as `size` iterations.
+        calls = size // self.d_steps
         for period in run.epochs(
-            self.train, state, periods, steps=steps, unit="iteration", unit_size=size
+            self.train, state, periods, steps=calls, unit="iteration", unit_size=size
         ):
+            # run.epochs has only now restored the history
             refuse_other_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
@@ -749,7 +761,7 @@ def main(
             model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, **experiment_kwargs
         )
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
-    # these two are grey; the others, and the bundled digits, are in colour
+    # one channel for these two, three for all others
     grey = dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist")
     train, _ = common.load_data(
         **dataset_kwargs,

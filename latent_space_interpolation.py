@@ -8,9 +8,10 @@ writes: beside the weights: latent_space_interpolation.png, latent_space_interpo
         long the walks are, and their largest step), latent_space_walk.gif (a closed walk),
         latent_space.html (the network itself in a page: open it and drag; it is one file and
         needs no network connection)
-expect: main_vae on MNIST, 50 epochs: the mean step is 1.27 times a cross-fade's on straight
-        lines, 1.31 on great circles, 1.38 between test images; 5 s on one core of an AMD EPYC;
-        a page of 5.1 MB that draws 630 images a second (main_dcgan: 2.9 MB, 46 a second)
+expect: main_vae on MNIST, 50 epochs: the mean step is 1.27 times a cross-fade's
+        on straight lines, 1.31 on great circles, 1.38 between test images; 5 s
+        on one core of an AMD EPYC; a page of 5.1 MB that draws 630 images a
+        second (main_dcgan: 2.9 MB, 46 a second)
 """
 
 import base64

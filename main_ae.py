@@ -3,6 +3,8 @@
 paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
         Burgess et al. 2018, Understanding disentangling in beta-VAE,
         https://arxiv.org/abs/1804.03599
+courses: CMU 16-824, Visual Learning and Recognition, spring 2022, assignment 3 (colour); another
+        course's Exercise 1, "Training generative model to generate MNIST digits" (grey)
 run:    python main_ae.py                   (any key below is an option: --model_type ae)
         python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
@@ -15,13 +17,14 @@ writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.pn
         continues from it),
         weights_epoch_{E}.pt (for sampling);
         an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
-differs from the papers: beta weighs the KL and nothing holds it at a target, as Burgess et al.
-        do; gradients are cut to norm 1; pictures, weights and tests are of an average of
-        the networks; the networks are those of two exercises
-expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per test image: AE with 16, 128 and
-        1024 latents 199.6, 53.9 and 24.1; VAE with 1024 latents 133.3, KL 59.2; with beta 0.8
-        122.5, KL 69.7; with the linear schedule 117.2, KL 72.4; about 40 min each on one core
-        of an AMD EPYC
+differs from the papers: Burgess et al. pull the KL to a target that grows,
+        while here it is only multiplied by beta, as in the courses, whose
+        networks these are; gradients are cut to norm 1 (see `step`); pictures,
+        weights files and tests are of averaged networks, which are steadier
+expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per test image: AE
+        with 16, 128 and 1024 latents 199.6, 53.9 and 24.1; VAE with 1024
+        latents 133.3, KL 59.2; with beta 0.8 122.5, KL 69.7; with the linear
+        schedule 117.2, KL 72.4; about 40 min each on one core of an AMD EPYC
 """
 
 import copy
@@ -33,14 +36,14 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import common
-import training
+import common  # data sets, pictures and weights files
+import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with a beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first convolution; they double where the side halves
-    "image_channels": 3,  # 3: colour; 1: grey, with other networks and loss, as always for mnist
+    "image_channels": 3,  # 3: colour; 1: grey, with other networks and loss; mnist is always 1
 }
 # Your own images: a folder of them (dataset_type "folder"), or from Python any
 # torch Dataset in the place of "cifar10": see `main`.
@@ -58,12 +61,12 @@ trainer_kwargs = {
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear; linear grows from 0 in epoch 1 to beta
     "beta_epochs": 20,  # of the linear schedule: with 20, epoch 20 has 0.95 beta, epoch 21 all
-    "ema_decay": 0.99,  # pictures, weights and tests are of an average over 100 steps; 0: of none
+    "ema_decay": 0.99,  # for pictures, files and tests weights are averaged over 100 steps; 0: not
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there; give each setting its own
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
@@ -101,8 +104,9 @@ EXPERIMENTS = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
-    refusal is a common.BadInput, which ends the script with exit status 2.
+    common.load_data and training.Run check the other keys of dataset_kwargs and
+    run_kwargs. Each refusal is a common.BadInput, which ends the script with
+    exit status 2.
 
     A key of your own goes into model_kwargs or trainer_kwargs, and into the
     parameters of Trainer.__init__. Checkpoints that were made without it are
@@ -147,7 +151,7 @@ class ColourEncoder(nn.Module):
             nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1),  # (N, 128, 8, 8)
             nn.ReLU(),
             nn.Conv2d(4 * width, 8 * width, kernel_size=3, stride=2, padding=1),  # (N, 256, 4, 4)
-            # no activation, as in the exercise
+            # no activation, as in the course
             nn.Flatten(),  # (N, 4096)
         )
         features = 8 * width * (image_size // 8) ** 2
@@ -197,7 +201,7 @@ class GreyEncoder(nn.Module):
     """Images (N, 1, H, W) -> mu and logvar, both (N, latent_dim).
 
     Kernels and activations are not those of the colour networks, since the
-    pairs follow two exercises of different courses. In a plain autoencoder
+    pairs are those of two courses. In a plain autoencoder
     logvar is None.
     """
 
@@ -258,7 +262,10 @@ class GreyDecoder(nn.Module):
 
 
 def make_networks(model_type, latent_dim, feature_maps, image_channels, image_size, device):
-    """(encoder, decoder) for colour or for grey images, with torch's own first weights."""
+    """(encoder, decoder) for colour or for grey images.
+
+    They start from torch's own weights, as in the courses.
+    """
     if image_channels == 3:
         encoder = ColourEncoder(model_type, latent_dim, feature_maps, image_size)
         decoder = ColourDecoder(latent_dim, feature_maps, image_size)
@@ -275,15 +282,15 @@ def make_networks(model_type, latent_dim, feature_maps, image_channels, image_si
 def keep_freed_memory():
     """On Linux, use the memory of freed tensors again, instead of giving it back to the system.
 
-    By itself glibc gives back what the large tensors of a step have used, and
-    the system then has to hand out and zero 80,000 pages in each step. This
-    call makes the step 15 % faster: 1.13 s instead of 1.33 s (float32, one
-    core of an AMD EPYC, torch 2.14).
+    It changes the speed alone. By itself the C library gives back the memory
+    of large tensors in each step, and asks for it again in the next. Without
+    that a step is 15 % faster: 1.13 s instead of 1.33 s (float32, one core of
+    an AMD EPYC, torch 2.14).
     """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):  # musl has none
+    if hasattr(libc, "mallopt"):  # other C libraries may have none
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
 
@@ -303,8 +310,9 @@ def reconstruction_loss(output, x):
 
     It is summed over the pixels and averaged over the batch. Colour, in [-1, 1]: the
     squared error, which is -log N(x; output, 1/2 I) up to a constant. Grey,
-    in [0, 1]: the cross-entropy -log p(x|z) in nats, where each pixel is a
-    coin and the output its logit. It is a sum because log p of an image is
+    in [0, 1]: the cross-entropy -log p(x|z) in nats, where each pixel is the
+    probability of ink and the output a logit: the log of a sigmoid that has
+    rounded to 0 would be infinite. It is a sum because log p of an image is
     the sum over its pixels, as the KL is one over latents: with a mean over
     pixels beta would be 3072 times what it says.
 
@@ -332,14 +340,15 @@ class Trainer:
     run: a training.Run. run.epochs restores networks, optimisers, history and
     random numbers from checkpoint.pt if there is one, and goes on from there.
     run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller. run.train_step calls `step`
-    and keeps the scalars that it returns, run.end_epoch adds a row of their
-    means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop over epochs,
-    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
-    step under way is finished and checkpoint.pt is written; only a power cut
-    loses the epoch under way. A loss that is no longer finite ends the run.
+    and epoch alone; the last one may be smaller, and is then never a recorded
+    step (see `step`). run.train_step calls `step` and keeps the scalars that it
+    returns, run.end_epoch adds a row of their means over the epoch's images to
+    the history and returns all rows, and run.save_weights writes what sampling
+    needs. run.pictures_due is true every sample_every epochs, after the first
+    and after the last. After each turn of the loop over epochs, run.epochs
+    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
+    is finished and checkpoint.pt is written; only a power cut loses the epoch
+    under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
@@ -378,15 +387,15 @@ class Trainer:
         self.target_beta, self.ema_decay = beta, ema_decay
         self.beta_schedule, self.beta_epochs = beta_schedule, beta_epochs
         device, side = train.device, train.pixels.shape[2]
-        # only layers compute in bfloat16; weights and losses are float32, and
-        # .float() in the networks brings their outputs back to it
+        # bfloat16 has three digits only: layers compute in it, but weights and
+        # losses are float32, to which .float() in the networks returns
         self.bfloat16 = common.use_bfloat16(precision, device)
         networks = make_networks(model_type, latent_dim, feature_maps, image_channels, side, device)
         self.encoder, self.decoder = networks
         self.ema_encoder, self.ema_decoder = copy.deepcopy(networks)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # Tensors, since a recorded step would go on with a number as it was. `fit`
-        # may change them with fill_, in a continued run too.
+        # Tensors, since a recorded step (see `step`) would not notice a new number.
+        # `fit` may change them with fill_, in a continued run too.
         self.lr = torch.tensor(lr, device=device)
         self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
@@ -413,21 +422,21 @@ class Trainer:
     def step(self, x):
         """One step of Adam, and one of the averages. x (N, C, H, W); returns scalars.
 
-        On an NVIDIA GPU one call of this is recorded, and then replayed with new
-        noise but without Python, which is faster: an `if` keeps the branch that
-        was recorded, a number its value, and .item() is an error. So keep what
-        changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add a tensor with one number
-        to the dict that is returned; for a curve also to `panels` in draw_curves.
+        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
+        then repeated, with new noise but without this Python: an `if` keeps to
+        the recorded branch, a number to its value, and .item() is an error. So
+        keep what changes in a tensor, as the learning rate is. For another
+        column in history.csv add a tensor with one number to the dict that is
+        returned; for a curve also to `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
         loss.backward()
         # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.optimizer)
-        # As in the exercise, the gradient of all weights together is cut to norm
-        # 1. The loss is a sum over pixels, so its norm is 400 to 500: every step
-        # is cut, and all have the same say in the means that Adam keeps.
+        # As in the course, the gradient of all weights together is scaled down to
+        # norm 1. The loss is a sum over pixels, so that norm is 400 to 500: every
+        # step is scaled down, and counts as much as any other in Adam's means.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -441,9 +450,10 @@ class Trainer:
         (1 + t) / (10 + t), at most ema_decay, so that the first weights are
         soon forgotten.
         """
-        # Adam's own count of steps, a tensor that a CUDA graph goes on counting
+        # Adam's own count of steps, a tensor, which grows in a recorded step too
         t = self.optimizer.state[self.parameters[0]]["step"]
-        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
+        # 1 - decay: that of (1 + t) / (10 + t) is 9 / (10 + t)
+        weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
         averages = [*self.ema_encoder.parameters(), *self.ema_decoder.parameters()]
         for ema, now in zip(averages, self.parameters):
             ema.lerp_(now, weight)
@@ -465,7 +475,7 @@ class Trainer:
     def beta_of(self, epoch):
         """The weight of the KL in an epoch (from 1), by the schedule.
 
-        The exercise counts epochs from 0: there the linear schedule is 0 in
+        The course counts epochs from 0: there the linear schedule is 0 in
         epoch 0, and 0.95 beta in epoch 19 of 20.
         """
         if self.beta_schedule == "constant":
@@ -488,9 +498,8 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here. Compute the rate from epoch, which counts from 1, and not from
-            # the last rate: an epoch that was stopped passes here again. For example, where
-            # 0.001 is the rate in the first epoch:
+            # A decay of the learning rate goes here. Compute it from epoch (1, 2,
+            # ...), not from the last rate, since a continued epoch runs this again:
             #     self.lr.fill_(0.001 * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)
             self.beta.fill_(beta)
@@ -512,7 +521,7 @@ class Trainer:
     @torch.no_grad()
     def draw(self, name):
         """Write reconstructions, samples, and the latent space where it is a plane."""
-        low = -1.0 if self.test.normalize else 0.0
+        low = -1.0 if self.test.normalize else 0.0  # the value of black
         some = torch.linspace(0, len(self.test) - 1, 36, device=self.test.device).long()
         images, _ = self.test.batch(some)  # (36, C, H, W)
         # from mu, without noise: so pictures differ only as the networks do
@@ -657,7 +666,7 @@ def with_changes(kwargs, changes):
 def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment):
     """Train each setting of an experiment in a folder of its own, then compare them.
 
-    A setting that was trained before is only read. Returns {setting:
+    A setting whose run is complete is only read from its checkpoint. Returns {setting:
     Trainer}.
     """
     folder = Path(trainer_kwargs["output_dir"])

@@ -12,12 +12,13 @@ writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for each class, a colu
         checkpoint.pt, after every epoch and at Ctrl-C (the same command
         continues from it),
         weights_epoch_{E}.pt (for sampling)
-differs from the papers: convolutions and learned class vectors (2014: fully connected layers,
-        one-hot classes); cross-entropy without spectral norm (2018: hinge, with it); pictures
-        and weights are of an averaged G (ema_decay)
-expect: MNIST, 20 epochs, seed 0, float32: a classifier sees the asked digit in 99.6 % of 10,000
-        samples (98.3 % in the worst class); diversity within a class 0.91 (worst 0.88); after 5
-        epochs 98.8 % (97.6 %) and 0.95
+differs from the papers: convolutions and learned class vectors (2014: fully
+        connected layers, one-hot classes); cross-entropy without spectral norm
+        (2018: hinge, with it); pictures and weights are of an averaged G
+        (ema_decay)
+expect: MNIST, 20 epochs, seed 0, float32: a classifier sees the asked digit in
+        99.6 % of 10,000 samples (98.3 % in the worst class); diversity within a
+        class 0.91 (worst 0.88); after 5 epochs 98.8 % (97.6 %) and 0.95
 """
 
 import io
@@ -27,9 +28,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import common
-import fid
-import training
+import common  # data sets, pictures and weights files
+import fid  # scores
+import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
@@ -60,7 +61,7 @@ trainer_kwargs = {
     "output_dir": "mnist_CGAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
     "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
@@ -75,8 +76,9 @@ SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the other keys of dataset_kwargs and run_kwargs.
-    Each refusal is a common.BadInput, which ends the script with exit status 2.
+    common.load_data and training.Run check the other keys of dataset_kwargs and
+    run_kwargs. Each refusal is a common.BadInput, which ends the script with
+    exit status 2.
 
     A key of your own goes into model_kwargs or trainer_kwargs, and into the
     parameters of Trainer.__init__. Checkpoints that were made without it are
@@ -286,18 +288,20 @@ class Trainer:
     run: a training.Run. run.epochs restores networks, optimisers, history and
     random numbers from checkpoint.pt if there is one, and goes on from there.
     run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller. run.train_step calls `step`
-    and keeps the scalars that it returns, run.end_epoch adds a row of their
-    means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop over epochs,
-    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
-    step under way is finished and checkpoint.pt is written; only a power cut
-    loses the epoch under way. A loss that is no longer finite ends the run.
+    and epoch alone; the last one may be smaller, and is then never a recorded
+    step (see `step`). run.train_step calls `step` and keeps the scalars that it
+    returns, run.end_epoch adds a row of their means over the epoch's images to
+    the history and returns all rows, and run.save_weights writes what sampling
+    needs. run.pictures_due is true every sample_every epochs, after the first
+    and after the last. After each turn of the loop over epochs, run.epochs
+    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
+    is finished and checkpoint.pt is written; only a power cut loses the epoch
+    under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged. All of them draw, but only the first one writes and prints.
+    averaged, and batch norm's statistics too. All of them draw, but only the
+    first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -329,8 +333,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # Tensors, since a recorded step would go on with a number as it was. `fit`
-        # may change them with fill_, in a continued run too.
+        # Tensors, since a recorded step (see `step`) would not notice a new number.
+        # `fit` may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -355,12 +359,12 @@ class Trainer:
     def step(self, real, labels):
         """One step of D, then one of G. real (N, C, H, W), labels (N,); returns scalars.
 
-        On an NVIDIA GPU one call of this is recorded, and then replayed with new
-        noise but without Python, which is faster: an `if` keeps the branch that
-        was recorded, a number its value, and .item() is an error. So keep what
-        changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add a tensor with one number
-        to the dict that is returned; for a curve also to `panels` in draw_curves.
+        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
+        then repeated, with new noise but without this Python: an `if` keeps to
+        the recorded branch, a number to its value, and .item() is an error. So
+        keep what changes in a tensor, as the learning rate is. For another
+        column in history.csv add a tensor with one number to the dict that is
+        returned; for a curve also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
         # Each half in a pass of its own: batch norm sees one kind of image at
@@ -459,10 +463,10 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here. Compute the rate from epoch, which counts from 1, and not from
-            # the last rate: an epoch that was stopped passes here again. For example, where
-            # 0.0005 is the rate in the first epoch, and the same for self.discriminator_lr:
+            # A decay of the learning rate goes here. Compute it from epoch (1, 2,
+            # ...), not from the last rate, since a continued epoch runs this again:
             #     self.generator_lr.fill_(0.0005 * 0.99 ** (epoch - 1))
+            # and the same for self.discriminator_lr.
             for images, labels in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images, labels)
                 # A picture every 100 steps goes here. run.step is the number of the

@@ -9,10 +9,12 @@ writes: mnist_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, his
         checkpoint.pt, after every epoch and at Ctrl-C (the same command
         continues from it),
         weights_epoch_{E}.pt (for sampling)
-differs from the paper: D has LeakyReLU and no dropout (there: maxout and dropout), Adam (there:
-        momentum), smoothed labels, and He weights in G; the reasons stand at each
-expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37, diversity 0.97,
-        losses 1.18 and 1.22; 3.4 min on one core of an AMD EPYC
+differs from the paper: LeakyReLU and no dropout in D (there: maxout, dropout)
+        and Adam (there: momentum), as most GANs have it since; smoothed labels
+        and He weights in G, for which reasons stand there
+expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37,
+        diversity 0.97 (see `fit`), losses 1.18 and 1.22; 3.4 min on one core of
+        an AMD EPYC
 """
 
 import math
@@ -22,8 +24,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import common
-import training
+import common  # data sets, pictures and weights files
+import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "latent_variable_size": 64,  # entries of the latent vector z ~ N(0, I)
@@ -44,12 +46,12 @@ trainer_kwargs = {
     "num_epochs": 200,  # may grow later: the run continues; 0 only checks settings and data
     "generator_lr": 0.0002,  # Adam's learning rate
     "discriminator_lr": 0.0002,  # Adam's learning rate
-    "real_label": 0.9,  # target for real images; below 1 (label smoothing) D grows less sure
+    "real_label": 0.9,  # target for real images; below 1 (label smoothing) D does not grow too sure
     "fake_label": 0.1,  # target for generated images, above 0 for the same reason
     "output_dir": "mnist_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
     "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
@@ -61,8 +63,9 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
-    refusal is a common.BadInput, which ends the script with exit status 2.
+    common.load_data and training.Run check the other keys of dataset_kwargs and
+    run_kwargs. Each refusal is a common.BadInput, which ends the script with
+    exit status 2.
 
     A key of your own goes into model_kwargs or trainer_kwargs, and into the
     parameters of Trainer.__init__. Checkpoints that were made without it are
@@ -96,10 +99,10 @@ class Generator(nn.Module):
         )
         for layer in self.model:
             if isinstance(layer, nn.Linear):
-                # He et al. 2015. torch's own weights are 2.4 times smaller. With
-                # them, on MNIST, D soon told all images apart and the samples
-                # became alike: their diversity (see `fit`) fell to 0.00001 by
-                # epoch 13. With these it was 0.92 after 4 epochs. D keeps torch's.
+                # He et al. 2015. With torch's own weights, 2.4 times smaller, D
+                # soon told real from generated images for sure, on MNIST, and the
+                # samples became alike: a diversity (see `fit`) of 0.00001 at epoch
+                # 13. With He's it was 0.92 at epoch 4. D keeps torch's.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -127,7 +130,7 @@ class Discriminator(nn.Module):
 
 # For another loss, change these two functions, and give another --output_dir.
 # Where D's sigmoid is no longer a probability, D(x) and D(G(z)) in `step` and the
-# titles in `draw_curves` lose their meaning; real_label and fake_label may, too.
+# titles in `draw_curves` lose their meaning, and perhaps both labels, too.
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
@@ -155,7 +158,7 @@ def generator_loss(fake_logits):
 
     The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
     by the logit is only as large as D(G(z)), which is near 0 just then. The
-    target is 1 and not real_label, since only D's are smoothed.
+    target is 1 and not real_label, since smoothing is to restrain D alone.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -180,14 +183,15 @@ class Trainer:
     run: a training.Run. run.epochs restores networks, optimisers, history and
     random numbers from checkpoint.pt if there is one, and goes on from there.
     run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller. run.train_step calls `step`
-    and keeps the scalars that it returns, run.end_epoch adds a row of their
-    means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop over epochs,
-    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
-    step under way is finished and checkpoint.pt is written; only a power cut
-    loses the epoch under way. A loss that is no longer finite ends the run.
+    and epoch alone; the last one may be smaller, and is then never a recorded
+    step (see `step`). run.train_step calls `step` and keeps the scalars that it
+    returns, run.end_epoch adds a row of their means over the epoch's images to
+    the history and returns all rows, and run.save_weights writes what sampling
+    needs. run.pictures_due is true every sample_every epochs, after the first
+    and after the last. After each turn of the loop over epochs, run.epochs
+    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
+    is finished and checkpoint.pt is written; only a power cut loses the epoch
+    under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
@@ -223,14 +227,14 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, since a recorded step would go on with a number as it was. `fit`
-        # may change them with fill_, in a continued run too.
+        # Tensors, since a recorded step (see `step`) would not notice a new number.
+        # `fit` may change them with fill_, in a continued run too.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # The same in every epoch, so that epochs can be compared: the first 16 for
-        # the pictures, all for the diversity, beside that of as many real images.
+        # The same in every epoch, so that epochs can be compared: 16 for the
+        # pictures, all 500 for the diversity, which is measured against real images.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
         self.real_distance = mean_distance(real_images)
@@ -238,18 +242,18 @@ class Trainer:
     def step(self, real):
         """One step of D, then one of G. real (N, image_size) in [-1, 1]; returns scalars.
 
-        On an NVIDIA GPU one call of this is recorded, and then replayed with new
-        noise but without Python, which is faster: an `if` keeps the branch that
-        was recorded, a number its value, and .item() is an error. So keep what
-        changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add a tensor with one number
-        to the dict that is returned; for a curve also to `panels` in draw_curves.
+        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
+        then repeated, with new noise but without this Python: an `if` keeps to
+        the recorded branch, a number to its value, and .item() is an error. So
+        keep what changes in a tensor, as the learning rate is. For another
+        column in history.csv add a tensor with one number to the dict that is
+        returned; for a curve also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
 
-        # D sees both halves in one pass: there is no batch norm in it, in which
-        # they would mix. Detached images teach only D.
+        # Both kinds of images pass D together, since it has no batch norm that would
+        # mix them. With detach, d_loss sends no gradient to G.
         logits = self.discriminator(torch.cat([real, fake.detach()]))  # (2N,)
         real_logits, fake_logits = logits.chunk(2)  # (N,) each
         d_loss = discriminator_loss(real_logits, fake_logits, self.real_label, self.fake_label)
@@ -298,10 +302,10 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay goes here. Compute the rate from epoch, which counts from 1, and not from
-            # the last rate: an epoch that was stopped passes here again. For example, where
-            # 0.0002 is the rate in the first epoch, and the same for self.discriminator_lr:
+            # A decay of the learning rate goes here. Compute it from epoch (1, 2,
+            # ...), not from the last rate, since a continued epoch runs this again:
             #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
+            # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
                 # A picture every 100 steps goes here. run.step is the number of the

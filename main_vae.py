@@ -11,10 +11,11 @@ writes: mnist_VAE/: generated_image_epoch_{E}.png, reconstruction_epoch_{E}.png,
         checkpoint.pt, after every epoch and at Ctrl-C (the same command
         continues from it),
         weights_epoch_{E}.pt (for sampling)
-differs from the paper: two hidden layers of 1024 ReLU (there: one of 500, tanh), Adam with a rate
-        that halves (there: Adagrad), He weights
-expect: MNIST, 50 epochs, seed 0, bfloat16: test loss 96.9 nats per image (below 100 from epoch
-        15 on), KL 24.3, log p(x) >= -93.4 with 50 samples; 16 min on one core of an AMD EPYC
+differs from the paper: two hidden layers of 1024 ReLU (there: one of 500,
+        tanh), Adam with a rate that halves (there: Adagrad), He weights
+expect: MNIST, 50 epochs, seed 0, bfloat16: test loss 96.9 nats per image (below
+        100 from epoch 15 on), KL 24.3, log p(x) >= -93.4 with 50 samples; 16
+        min on one core of an AMD EPYC
 """
 
 import math
@@ -24,8 +25,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-import common
-import training
+import common  # data sets, pictures and weights files
+import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "hidden_size": 1024,  # width of the two hidden layers of encoder and decoder
@@ -52,7 +53,7 @@ trainer_kwargs = {
     "output_dir": "mnist_VAE",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: on a CPU the same seed gives the same numbers
+    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
     "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
@@ -64,8 +65,9 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    load_data and Run check the keys of dataset_kwargs and run_kwargs. Each
-    refusal is a common.BadInput, which ends the script with exit status 2.
+    common.load_data and training.Run check the other keys of dataset_kwargs and
+    run_kwargs. Each refusal is a common.BadInput, which ends the script with
+    exit status 2.
 
     A key of your own goes into model_kwargs or trainer_kwargs, and into the
     parameters of Trainer.__init__. Checkpoints that were made without it are
@@ -204,14 +206,15 @@ class Trainer:
     run: a training.Run. run.epochs restores networks, optimisers, history and
     random numbers from checkpoint.pt if there is one, and goes on from there.
     run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller. run.train_step calls `step`
-    and keeps the scalars that it returns, run.end_epoch adds a row of their
-    means to the history and returns all rows, and run.save_weights writes what
-    sampling needs. run.pictures_due is true every sample_every epochs, after
-    the first and after the last. After each turn of the loop over epochs,
-    run.epochs writes history.csv, run.html and checkpoint.pt. At Ctrl-C the
-    step under way is finished and checkpoint.pt is written; only a power cut
-    loses the epoch under way. A loss that is no longer finite ends the run.
+    and epoch alone; the last one may be smaller, and is then never a recorded
+    step (see `step`). run.train_step calls `step` and keeps the scalars that it
+    returns, run.end_epoch adds a row of their means over the epoch's images to
+    the history and returns all rows, and run.save_weights writes what sampling
+    needs. run.pictures_due is true every sample_every epochs, after the first
+    and after the last. After each turn of the loop over epochs, run.epochs
+    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
+    is finished and checkpoint.pt is written; only a power cut loses the epoch
+    under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
@@ -249,8 +252,8 @@ class Trainer:
         self.encoder = Encoder(hidden_size, latent_dim, image_size).to(device)
         self.decoder = Decoder(hidden_size, latent_dim, image_size).to(device)
         parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # A tensor, since a recorded step would go on with a number as it was: `fit`
-        # changes it with fill_. `fused` updates all weights in one call.
+        # A tensor, since a recorded step (see `step`) would not notice a new number:
+        # `fit` changes it with fill_. `fused` updates all weights in one call.
         self.lr = torch.tensor(lr, device=device)
         self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=True)
         # every picture is drawn from the same latent vectors and the same
@@ -277,12 +280,12 @@ class Trainer:
     def step(self, x):
         """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
 
-        On an NVIDIA GPU one call of this is recorded, and then replayed with new
-        noise but without Python, which is faster: an `if` keeps the branch that
-        was recorded, a number its value, and .item() is an error. So keep what
-        changes in a tensor, as the learning rate is. For another column in
-        history.csv, a mean over the epoch's images, add a tensor with one number
-        to the dict that is returned; for a curve also to `panels` in draw_curves.
+        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
+        then repeated, with new noise but without this Python: an `if` keeps to
+        the recorded branch, a number to its value, and .item() is an error. So
+        keep what changes in a tensor, as the learning rate is. For another
+        column in history.csv add a tensor with one number to the dict that is
+        returned; for a curve also to `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
