@@ -204,6 +204,21 @@ def describe_points(places, labels, numbers, class_names):
     }
 
 
+def describe_codes(codes):
+    """mu of every code_step-th point, codes (N, D), as bytes between code_low and code_high.
+
+    They are of a thousand points, so that the page can tell which are nearest to a drawing, and of
+    none where D is large, which would make the page so.
+    """
+    step = math.ceil(len(codes) / 1000)
+    low, high = codes.min().item(), codes.max().item()
+    levels = (255 * (codes[::step] - low) / max(high - low, 1e-9)).round().to(torch.uint8)
+    if codes.shape[1] > 64:
+        levels = levels[:0]
+    text = base64.b64encode(levels.numpy().tobytes()).decode()
+    return {"codes": text, "code_step": step, "code_low": low, "code_high": high}
+
+
 def describe_errors(errors):
     """What the page knows of the reconstruction errors (N,) of the test images.
 
@@ -323,6 +338,7 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
     some = torch.linspace(0, count - 1, min(num_points, count)).round().long()
     data = describe_points(places[some], labels[some], some, class_names)
     data |= {"title": title, "facts": facts, "axis_names": axis_names}
+    data |= describe_codes(codes[some])
     # the page computes: place = axes (mu - mean), and back, z = mean + axes^T place
     data |= {"mean": rounded(mean), "axes": rounded(axes), **describe_errors(errors)}
     save_page(data, encoder, decoder, test, folder / "latents_space_2d.html")
@@ -331,8 +347,10 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
 
 
 def in_words(row):
-    """Such as: space: plane; share of the variance: 0.21."""
-    return "; ".join(f"{column}: {value}" for column, value in row.items())
+    """Such as: plane, 21.0% of the variance: 10 nearest neighbours right 33.5%."""
+    space, share, *accuracies = row.items()
+    right = ", ".join(f"{column} {value:.1%}" for column, value in accuracies)
+    return f"{space[1]}, {share[1]:.1%} of the variance" + (f": {right}" if right else "")
 
 
 def main(source_kwargs, plane_kwargs):

@@ -7,6 +7,7 @@ import re
 import select
 import subprocess
 import time
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -263,6 +264,16 @@ def test_images_of_one_class_have_a_map_too(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} >= FILES
 
 
+def test_the_codes_are_of_a_thousand_points_and_of_none_where_they_would_be_many_numbers():
+    codes = torch.randn(2500, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    told = page.describe_codes(codes)
+    levels = np.frombuffer(base64.b64decode(told["codes"]), np.uint8).reshape(-1, 3)
+    assert told["code_step"] == 3 and len(levels) == 834
+    span = (told["code_high"] - told["code_low"]) / 255
+    assert np.abs(told["code_low"] + span * levels - codes[::3].numpy()).max() <= 0.51 * span
+    assert page.describe_codes(torch.ones(20, 65))["codes"] == ""
+
+
 def test_images_that_would_be_too_large_are_packed_tighter(monkeypatch):
     images = torch.rand(400, 1, 28, 28)
     large = page.describe_images(images)["images"]
@@ -482,7 +493,7 @@ def drive(browser, data, networks):
     browser.mouse("Moved", x, y)
     said = browser.js("said.textContent")
     assert f"class {data['classes'][data['labels'][i]]}, test image {data['numbers'][i]}," in said
-    assert f"error {data['errors'][data['numbers'][i]]:.1f};" in said
+    assert f"error {data['errors'][data['numbers'][i]]:.1f} nats" in said
     browser.rest_of_work()
     assert (browser.seen("left") == data["images"][i]).all()
     with torch.no_grad():
@@ -722,20 +733,36 @@ def test_a_drawing_is_centred_encoded_and_judged(name, made, browser):
 
 @needs_browser
 def test_the_mark_and_the_verdict_of_a_drawing(made, browser):
-    path, html, _ = made("main_vae")
+    path, html, test = made("main_vae")
     browser.visit(html)
     browser.js("Object.assign(view, {x: low[0], y: low[1], scale: 200 * fitting()})")
     stroke(browser, (0.3, 0.2), (0.7, 0.2), (0.4, 0.8))
     # a threshold just above its error, and one just below
     error, judged = browser.js("own.error"), "verdict()"
     browser.js("globalThis.given = data.threshold; data.threshold = own.error + 1")
-    words = f"error {error:.1f}, below the threshold {error + 1:.1f}: it would pass as a digit"
+    words = f"error {error:.1f} nats, below the threshold {error + 1:.1f}: nothing unusual"
     assert browser.js(judged) == words
     browser.js("data.threshold = own.error - 1")
-    words = f"error {error:.1f}, above the threshold {error - 1:.1f}: it would be called an anomaly"
+    words = f"error {error:.1f} nats, above the threshold {error - 1:.1f}: "
+    words += "it would be called an anomaly"
     assert browser.js(judged) == words
     browser.js("data.threshold = given")
-    assert browser.js("document.getElementById('verdict').textContent") == browser.js(judged)
+    shown = browser.js("document.getElementById('verdict').textContent")
+    assert shown == browser.js(judged + " + likeness()")
+    # the classes of the ten nearest, counted in all latents
+    data = read(html)
+    levels = np.frombuffer(base64.b64decode(data["codes"]), np.uint8).reshape(-1, 6)
+    codes = data["code_low"] + levels * (data["code_high"] - data["code_low"]) / 255
+    images, labels = test.batch(torch.tensor(data["numbers"])[:: data["code_step"]])
+    with torch.no_grad():
+        true, _ = main_vae.load_model(path)[0](images)
+    assert len(codes) == len(true)
+    assert np.abs(codes - true.numpy()).max() <= (data["code_high"] - data["code_low"]) / 509
+    distances = ((codes - np.array(browser.js("Array.from(own.latent)"))) ** 2).sum(1)
+    nearest = [test.class_names[labels[i]] for i in distances.argsort()[:10]]
+    assert browser.js("neighbours(own.latent)") == nearest
+    name, number = Counter(nearest).most_common(1)[0]
+    assert f"by all 6 latents: {number} of class {name}" in shown
     assert browser.js("bins.reduce((sum, one) => sum + one)") >= 0.99 * browser.js(
         "data.errors.length"
     )

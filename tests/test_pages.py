@@ -311,7 +311,7 @@ def test_a_map_that_would_be_too_large_takes_fewer_bits(
     path = save_map(weights_path, tmp_path)
     assert path.stat().st_size < exact.stat().st_size
     page = visit(path)
-    assert f"{bits} bits a weight" in page.inner_text("#facts")
+    assert f"weights have {bits} bits" in page.inner_text("#help")
     encoder, decoder = main_vae.load_model(weights_path)
     _, test = common.load_again(torch.load(weights_path, weights_only=True), "", "cpu")
     images, _ = test.batch(torch.arange(20))
