@@ -147,22 +147,21 @@ def choose_device(device):
     if isinstance(device, torch.device):
         return device
     if device == "auto":
-        device = "mps" if torch.backends.mps.is_available() else "cpu"
+        alone = PROCESSES == 1  # several could not talk to each other on mps
+        device = "mps" if alone and torch.backends.mps.is_available() else "cpu"
         device = "cuda" if torch.cuda.is_available() else device
     if device == "cuda" and PROCESSES > 1:
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # each process has a GPU of its own
     try:
         torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # each kind of device has its own
+        reason = str(error).partition("\n")[0]
         raise BadInput(f"device {device!r} cannot be used here: {reason}")
     return torch.device(device)
 
 
 def use_bfloat16(precision, device):
     """Whether networks are to compute in bfloat16. `auto`: where the device is fast at it."""
-    legal = ("auto", "float32", "bfloat16")
-    require(precision in legal, f"precision must be one of {', '.join(legal)}")
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":
@@ -234,6 +233,14 @@ def save_tensors(path, contents):
     write(path, buffer.getvalue())
 
 
+def cache(path, script, **contents):
+    """Keep what was computed, if the folder can be written; load_weights reads it."""
+    try:
+        save_tensors(path, {"script": script, "dataset_kwargs": {}, **contents})
+    except OSError as error:
+        warn(f"not cached: {error}")
+
+
 def load_weights(path, script, part):
     """Read a .pt file that `script` wrote (None: any) and that holds `part`, onto the CPU.
 
@@ -256,7 +263,7 @@ def load_weights(path, script, part):
     written_by = contents["script"]
     if script and written_by != script:
         raise BadInput(f"{path} was written by {written_by}.py, not by {script}.py")
-    if "dataset_kwargs" not in contents and written_by != "fid":
+    if "dataset_kwargs" not in contents:
         raise BadInput(
             f"{path} was written by an older version of this collection, which did not record "
             "the data; train again, or use that version"
@@ -273,7 +280,7 @@ def newest_weights(part=None):
     """
     copy = Path("shipped_VAE/weights_main_vae.pt")
     files = {*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")} - {copy}
-    for path in sorted(files, key=os.path.getmtime, reverse=True):
+    for path in sorted(sorted(files), key=os.path.getmtime, reverse=True):
         try:
             load_weights(path, None, part or "model_kwargs")
             return str(path)
@@ -460,6 +467,9 @@ def load_data(
         dataset_type, data_dir, image_channels, image_size, jpeg_quality, allow_fallback
     )
     if exclude_class >= 0:
+        others = train.labels.unique() != exclude_class
+        wrong = f"exclude_class {exclude_class} must be one of the labels of several classes"
+        require(others.any() and not others.all(), wrong)
         train, test = leave_out(train, exclude_class), leave_out(test, exclude_class)
     most = f"batch_size must be at most {len(train)}, all images of {train.name}"
     require(batch_size <= len(train), most)
@@ -498,9 +508,11 @@ def read_data_set(dataset_type, data_dir, channels, image_size, jpeg_quality, al
     try:
         splits, classes = open_data_set(dataset_type, data_dir, size, channels, jpeg_quality)
     except OSError as error:
+        if name not in PLACES:
+            raise
         why = f"{name} is not in {data_dir}/ and could not be downloaded ({error})"
-        why = f"{why}; put {PLACES.get(name, 'it')} there"
-        require(allow_fallback and name in PLACES, why)
+        why = f"{why}; put {PLACES[name]} there"
+        require(allow_fallback, why)
         warn_of_fallback(name, why)
         splits, classes = load_digits(channels)
         name, loaded = f"digits (bundled, in place of {name})", "digits"
@@ -514,8 +526,6 @@ def read_data_set(dataset_type, data_dir, channels, image_size, jpeg_quality, al
 def leave_out(images, label):
     """The Images without this class."""
     kept = images.labels != label
-    good = kept.any() and not kept.all()
-    require(good, f"exclude_class {label} must be one of the labels of several classes")
     name = f"{images.name} without {label}"
     return replace(images, pixels=images.pixels[kept], labels=images.labels[kept], name=name)
 
@@ -580,18 +590,25 @@ def hold_out_a_tenth(pixels, labels):
     return [(pixels[part], labels[part]) for part in (train, test)]
 
 
+@contextmanager
+def downloading():
+    """Inside, a server that does not answer is given up, and every failure is an OSError."""
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
+    try:
+        yield
+    except Exception as error:  # torchvision and urllib raise half a dozen types here
+        raise OSError(" ".join(str(error).split()) or repr(error))
+    finally:
+        socket.setdefaulttimeout(None)  # as Python has it
+
+
 def load_torchvision(name, data_dir):
     """MNIST, FashionMNIST or CIFAR-10. Raises OSError if neither found nor downloadable."""
     from torchvision import datasets
 
     dataset = getattr(datasets, TORCHVISION[name])
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
+    with downloading():
         parts = [dataset(data_dir, train=train, download=True) for train in (True, False)]
-    except Exception as error:  # torchvision raises half a dozen types here
-        raise OSError(str(error).strip().splitlines()[-1])
-    finally:
-        socket.setdefaulttimeout(None)  # as Python has it
     splits = []
     for part in parts:
         pixels = torch.as_tensor(part.data)  # (N, H, W), or (N, H, W, C) in colour
@@ -610,11 +627,14 @@ def load_dataset(dataset, size, channels):
     pixels, labels = [], []
     for i in range(len(dataset)):
         image, label = dataset[i]
-        image = image if isinstance(image, torch.Tensor) else pil_to_tensor(image)
+        if not isinstance(image, torch.Tensor):
+            image = pil_to_tensor(flatten_image(image, channels))
         if image.is_floating_point():
             inside = image.min() >= 0 and image.max() <= 1
             require(inside, f"image {i} of the Dataset must be uint8, or floats in [0, 1]")
             image = (255 * image).round().byte()
+        good = image.dtype == torch.uint8 and image.shape[0] in (1, 3)
+        require(good, f"image {i} of the Dataset must be uint8 or floats, (1 or 3, H, W)")
         pixels.append(resize(image[None], size, channels))
         labels.append(int(label))
     require(len(labels) > 1, "the Dataset must hold two images or more")
@@ -677,14 +697,9 @@ def load_sprites(data_dir):
 
 def download(url, path, sha256):
     """Download a file; it gets its name when the start of its hash is right. Raises OSError."""
-    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
-    try:
+    with downloading():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
-    except RuntimeError as error:
-        raise OSError(str(error))
-    finally:
-        socket.setdefaulttimeout(None)  # as Python has it
 
 
 def load_cub(data_dir, size, channels, jpeg_quality):
@@ -705,7 +720,9 @@ def load_cub(data_dir, size, channels, jpeg_quality):
                 images.parent.mkdir(exist_ok=True)
                 os.replace(Path(scratch) / "CUB_200_2011" / "images", images)
             except Exception as error:  # tarfile, gzip and zlib raise half a dozen types here
-                raise BadInput(f"{archive} cannot be unpacked ({error}); delete it to download it")
+                raise BadInput(
+                    f"{archive} cannot be unpacked ({error}); if it is damaged, delete it"
+                )
     return load_folder(images, size, channels, whole=True, jpeg_quality=jpeg_quality)
 
 
@@ -717,6 +734,7 @@ def image_files(folder):
     for path in sorted(folder.rglob("*")):
         if (
             path.suffix.lower() in SUFFIXES
+            and path.is_file()
             and "/." not in f"/{path.relative_to(folder).as_posix()}"
         ):
             paths.append(path)
@@ -730,17 +748,16 @@ def class_of(path, folder):
     return parts[0] if len(parts) > 1 else ""
 
 
-def open_image(path, mode):
-    """An image file as a Pillow image of mode RGB or L: upright, white where it is transparent."""
+def flatten_image(image, channels):
+    """A Pillow image of any mode as RGB or L: upright, and white where it is transparent."""
     from PIL import Image, ImageOps
 
-    with Image.open(path) as file:
-        image = ImageOps.exif_transpose(file)
-        if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            ground = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(ground, image)
-        return image.convert(mode)
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        ground = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(ground, image)
+    return image.convert("RGB" if channels == 3 else "L")
 
 
 def read_picture(path, size, channels, whole, jpeg_quality):
@@ -752,9 +769,10 @@ def read_picture(path, size, channels, whole, jpeg_quality):
 
     bicubic = Image.Resampling.BICUBIC  # Pillow's is antialiased
     try:
-        if whole and Image.open(path).mode == "L":
-            return None
-        image = open_image(path, "RGB" if channels == 3 else "L")
+        with Image.open(path) as file:
+            if whole and file.mode == "L":
+                return None
+            image = flatten_image(file, channels)
         image = image.resize((size, size), bicubic) if whole else image
         if jpeg_quality:
             buffer = io.BytesIO()
@@ -771,23 +789,19 @@ def read_folder(folder, paths, **options):
 
     listing = [(str(path), path.stat().st_mtime_ns) for path in paths]
     digest = hashlib.sha256(repr([options, listing]).encode()).hexdigest()
-    cache = folder / f".cache_{options['size']}.npz"
-    if cache.is_file():
-        with np.load(cache) as packed:
-            if packed["digest"] == digest:
-                return packed["pixels"], packed["kept"]
+    path = folder / f".cache_{options['size']}.pt"
+    if path.is_file():
+        cached = load_weights(path, "common", "pixels")
+        if cached["digest"] == digest:
+            return cached["pixels"], cached["kept"]
     with ThreadPoolExecutor() as pool:  # Pillow releases the interpreter lock
         pictures = pool.map(partial(read_picture, **options), paths)
         pictures = list(tqdm(pictures, f"reading {folder}", len(paths), disable=None))
-    kept = np.array([picture is not None for picture in pictures])
-    require(kept.sum() > 1, f"{folder}: {kept.sum()} images can be read; two are the least")
+    kept = [picture is not None for picture in pictures]
+    require(sum(kept) > 1, f"{folder}: {sum(kept)} images can be read; two are the least")
     pixels = np.stack([picture for picture in pictures if picture is not None])
-    buffer = io.BytesIO()
-    np.savez(buffer, pixels=pixels, kept=kept, digest=digest)
-    try:
-        write(cache, buffer.getvalue())
-    except OSError as error:
-        warn(f"not cached: {error}")
+    pixels = torch.from_numpy(pixels)
+    cache(path, "common", pixels=pixels, kept=kept, digest=digest)
     return pixels, kept
 
 
@@ -804,7 +818,7 @@ def load_folder(folder, size, channels, whole=False, jpeg_quality=0):
     classes = [class_of(path, folder) for path, good in zip(paths, kept) if good]
     class_names = sorted(set(classes))
     labels = torch.tensor([class_names.index(name) for name in classes])
-    pixels = torch.from_numpy(pixels).view(len(labels), size, size, channels)
+    pixels = pixels.view(len(labels), size, size, channels)
     return hold_out_a_tenth(pixels.permute(0, 3, 1, 2), labels), class_names
 
 
@@ -813,16 +827,14 @@ def load_folder(folder, size, channels, whole=False, jpeg_quality=0):
 
 def save_grid(images, path, *, columns, low=-1.0, high=1.0):
     """Write images (N, C, H, W) as a PNG grid on a fixed scale: low is black, high is white."""
-    from PIL import Image
-    from torchvision.utils import make_grid
+    from torchvision.utils import save_image
 
-    images = images.detach().float().cpu()
-    grid = make_grid(images, columns, normalize=True, value_range=(low, high), pad_value=0.5)
-    pixels = (255 * grid).round().byte().permute(1, 2, 0)  # (height, width, 3)
-    zoom = math.ceil(480 / pixels.shape[1])  # small pictures are enlarged by whole pixels
-    pixels = pixels.repeat_interleave(zoom, 0).repeat_interleave(zoom, 1)
+    across = min(columns, len(images)) * (images.shape[3] + 2)
+    zoom = math.ceil(480 / across)  # small pictures are enlarged by whole pixels
+    images = images.float().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
+    grey = dict(normalize=True, value_range=(low, high), pad_value=0.5)
     buffer = io.BytesIO()
-    Image.fromarray(pixels.numpy()).save(buffer, "PNG")
+    save_image(images, buffer, "PNG", nrow=columns, padding=2 * zoom, **grey)
     write(path, buffer.getvalue())
 
 

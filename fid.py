@@ -288,7 +288,7 @@ def classifier_features(train):
             network.load_state_dict(saved["network"])
         else:
             train_classifier(network, train)
-            cache(path, network=network.state_dict())
+            common.cache(path, "fid", network=network.state_dict())
     network.requires_grad_(False)
 
     def compute(images):
@@ -323,14 +323,6 @@ def cache_path(images, what):
     """The file beside the data in which something about these very images is kept."""
     digest = f"{fingerprint(images.pixels)} {fingerprint(images.labels)}"
     return Path(images.data_dir) / ".fid" / f"{what} {digest}.pt"
-
-
-def cache(path, **contents):
-    """Keep what was computed, if the folder can be written."""
-    try:
-        common.save_tensors(path, {"script": "fid", **contents})
-    except OSError as error:
-        common.warn(f"not cached: {error}")
 
 
 @dataclass
@@ -378,7 +370,7 @@ def measure(images, network, count, batch_size):
             features.append(network.compute(part).float().cpu())
         features = torch.cat(features)
         if images.data_dir:  # a data set or a folder, which may be measured again
-            cache(path, features=features)
+            common.cache(path, "fid", features=features)
     mu, root = mean_and_root(features)
     return Statistics(len(images), mu, root, features, images)
 
@@ -548,7 +540,10 @@ def of_folder(folder, device):
     All are brought to the width of the first; of an image that is not square the middle
     is taken.
     """
-    width = common.open_image(common.image_files(folder)[0], "RGB").width
+    from PIL import Image, ImageOps
+
+    with Image.open(common.image_files(folder)[0]) as first:
+        width = ImageOps.exif_transpose(first).width
     (train, test), class_names = common.load_folder(folder, width, 3)
     pixels = torch.cat([train[0], test[0]])
     labels = torch.cat([train[1], test[1]])

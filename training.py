@@ -21,7 +21,7 @@ import common
 from common import PROCESSES, RANK, BadInput, BrokenOff, require, warn
 
 LOOK_SECONDS = 1.0  # between two looks at the losses; the host waits for the device at each
-AGREE_STEPS = 16  # of several processes: between two looks at whether one was told to stop
+AGREE_STEPS = 16  # of several GPUs: between two looks at whether one was told to stop
 # what may change when a run is continued: how it is computed, not what
 FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "allow_fallback", "precision"}
 FREE_TO_CHANGE |= {"score_every"}
@@ -61,8 +61,8 @@ def all_reduce_mean(tensors):
 
 def all_reduce_gradients(optimizer):
     """Between backward and step: every process then takes the same step, by the mean gradient."""
-    groups = optimizer.param_groups
-    all_reduce_mean([p.grad for group in groups for p in group["params"]])
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"]]
+    all_reduce_mean([gradient for gradient in gradients if gradient is not None])
 
 
 class Run:
@@ -77,7 +77,7 @@ class Run:
                 run.save_weights("weights_epoch_1.pt", generator=generator)
 
     state is {name: network or optimiser}, which is saved and restored. After each epoch
-    history.csv and then checkpoint.pt are written. The order of the data and all noise depend
+    checkpoint.pt, history.csv and run.html are written. The order of the data and all noise depend
     on the seed alone, so that a continued run ends as one that was never stopped.
     """
 
@@ -105,6 +105,7 @@ class Run:
         self.dataset_kwargs = {**dataset_kwargs, "dataset_type": kind}
         self.settings = {**model_kwargs, **self.dataset_kwargs, **trainer_kwargs}
         self.settings |= {"seed": seed, "processes": PROCESSES}
+        check_plain(self.settings)
         self.folder = Path(trainer_kwargs["output_dir"])
         self.path = self.folder / "checkpoint.pt"
         check_writable(self.folder)
@@ -114,33 +115,31 @@ class Run:
         join_processes(self.device)
         self.checkpoint = self.read_checkpoint() if resume and self.path.is_file() else None
         self.history = []  # a row {column: value} an epoch
-        self.names, self.rows = [], None  # columns of the epoch's steps, and a row for each step
+        self.names, self.rows = [], []  # columns of the epoch's steps, and a row for each step
         self.epoch = 0
-        self.first_step = 0  # of an epoch that was interrupted
-        self.stop_signal = 0
+        self.first_step = self.stop_signal = 0  # first_step: of an epoch that was interrupted
         self.graph = self.last_weights = None
         self.has_encoder = False
 
     def read_checkpoint(self):
         """The checkpoint's contents, if it was made with these settings. Raises BadInput."""
-        advice = "give another --output_dir, or start over with --resume false"
         try:
             old = common.load_weights(self.path, self.script, "settings")
         except BadInput as error:
-            raise BadInput(f"{error}; {advice}")
+            self.refuse(error)
         self.refuse_changes(old["settings"], self.settings)
         return old
+
+    def refuse(self, why):
+        raise BadInput(f"{why}; give another --output_dir, or start over with --resume false")
 
     def refuse_changes(self, old, new):
         changed = []
         for key in sorted({*old, *new} - FREE_TO_CHANGE):
             if old.get(key) != new.get(key):
                 changed.append(f"{key} was {old.get(key)!r}, is {new.get(key)!r}")
-        require(
-            not changed,
-            f"{self.path} was trained with other settings ({'; '.join(changed)}); give another "
-            "--output_dir, or start over with --resume false",
-        )
+        if changed:
+            self.refuse(f"{self.path} was trained with other settings ({'; '.join(changed)})")
 
     def epochs(self, train, state, num_epochs, *, steps=None, unit="epoch", unit_size=1):
         """Yield the epochs (from 1) that are still to be trained on `train`, an Images.
@@ -156,6 +155,7 @@ class Run:
         self.data = {**train.record(), "steps an epoch": len(self.sizes)}
         if self.checkpoint:
             self.restore(self.checkpoint)
+            common.write(self.folder / "history.csv", self.history)
         elif RANK:  # from equal weights on, each process draws noise of its own
             torch.manual_seed(self.seed + 1_000_003 * RANK)
         if self.path.is_file() and not self.checkpoint and num_epochs and not RANK:
@@ -168,8 +168,8 @@ class Run:
                 self.epoch = epoch
                 self.pictures_due = epoch in (1, num_epochs) or epoch % self.sample_every == 0
                 yield epoch
-                common.write(self.folder / "history.csv", self.history)
                 self.save_checkpoint(epoch, step=0)
+                common.write(self.folder / "history.csv", self.history)
                 self.save_page()
                 self.first_step = 0
                 if PROCESSES == 1:
@@ -216,6 +216,7 @@ class Run:
     def batches(self):
         """Yield (images, labels) of the epoch, on the device."""
         self.step = self.first_step
+        self.rows = self.rows[: self.step]
         self.begun = looked = time.monotonic()
         indices = self.train.epoch_batches(self.seed, self.epoch, self.steps)
         for index in indices[self.first_step :]:
@@ -238,37 +239,31 @@ class Run:
         told = torch.tensor([float(self.stop_signal > 0)], device=self.device)
         buffers = [b for network in self.networks for b in network.buffers()]
         buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
-        all_reduce_mean([*buffers, self.rows[self.step], told])
-        self.all_told = self.step % AGREE_STEPS == 0 and told.item() > 0
+        all_reduce_mean([*buffers, self.rows[-1], told])
+        look = self.device.type == "cpu" or self.step % AGREE_STEPS == 0
+        self.all_told = look and told.item() > 0
         if self.all_told:
             self.stop_signal = self.stop_signal or signal.SIGTERM
 
     def train_step(self, step, *inputs):
         """Call step(*inputs), on an NVIDIA GPU as a CUDA graph, and keep the scalars it returns.
 
-        They are {column in words: tensor} and stay on the device: nothing waits for them.
+        They are {column in words: tensor}, the same columns at each step of an epoch, and stay on
+        the device: nothing waits for them. If the script was changed where an epoch was
+        interrupted, the means of this epoch are over the steps since then.
         """
         recordable = self.cuda_graph and self.device.type == "cuda" and PROCESSES == 1
         if recordable and self.graph is None:
             self.graph = Graph(step, self)
         values = self.graph(*inputs) if self.graph else step(*inputs)
-        if self.names != list(values):  # the first step, or the script's scalars have changed
-            self.set_columns(values)
-        with torch.no_grad():
-            torch.stack(tuple(values.values()), out=self.rows[self.step])
-
-    def set_columns(self, values):
-        """A row for each step of the epoch, NaN where a column was not measured yet."""
-        names = list(values)
+        if self.names != list(values):
+            if self.step > self.first_step:
+                raise TypeError("`step` must return the same columns at each step of an epoch")
+            self.names, self.rows = list(values), []
         for name, value in values.items():
-            if not isinstance(value, torch.Tensor):
-                raise TypeError(f"{name!r}: `step` must return tensors, not {value!r}")
-        shape = len(self.sizes), len(names)
-        rows = torch.full(shape, float("nan"), device=self.device)
-        for column, name in enumerate(names):
-            if name in self.names:
-                rows[:, column] = self.rows[:, self.names.index(name)]
-        self.names, self.rows = names, rows
+            if not isinstance(value, torch.Tensor) or value.ndim:
+                raise TypeError(f"{name!r}: `step` must return tensors of shape (), not {value!r}")
+        self.rows.append(torch.stack(tuple(values.values())).detach())
 
     def end_epoch(self, measured):
         """Add a row to the history: means of the steps' scalars, and `measured` {column: number}.
@@ -281,8 +276,8 @@ class Run:
         finite = [p.isfinite().all() for network in self.networks for p in network.parameters()]
         if not all(finite):
             self.break_off("weights are no longer finite after " + self.count(self.epoch))
-        sizes = torch.tensor(self.sizes, dtype=torch.float64)[:, None] * ~rows.isnan()
-        means = (sizes * rows.double().nan_to_num()).sum(0) / sizes.sum(0)
+        sizes = torch.tensor(self.sizes[: self.step][-len(rows) :], dtype=torch.float64)
+        means = (sizes[:, None] * rows).sum(0) / sizes.sum()
         row = {self.unit: self.epoch * self.unit_size, "data": self.train.name}
         row |= dict(zip(self.names, means.tolist()))
         for name, value in measured.items():
@@ -335,13 +330,13 @@ class Run:
 
     def check_losses(self):
         """The epoch's scalars so far, on the host; breaks off at the first that is not finite."""
-        rows = self.rows[: self.step].cpu()
-        wrong = (~rows[self.first_step :].isfinite()).nonzero().tolist()
+        rows = torch.stack(self.rows[: self.step]).cpu()
+        wrong = (~rows.isfinite()).nonzero().tolist()
         if wrong:
-            step, column = self.first_step + wrong[0][0], wrong[0][1]
-            value = rows[step, column].item()
-            place = f"{self.count(self.epoch)}, step {step + 1}"
-            self.break_off(f"{self.names[column]} became {value} at {place}")
+            row, column = wrong[0]
+            step = self.step - len(rows) + row + 1
+            place = f"{self.count(self.epoch)}, step {step}"
+            self.break_off(f"{self.names[column]} became {rows[row, column]} at {place}")
         return rows
 
     def break_off(self, what):
@@ -369,7 +364,7 @@ class Run:
             "epoch": epoch,
             "step": step,
             "names": self.names,
-            "rows": self.rows,
+            "rows": [row.tolist() for row in self.rows[:step]],
             "history": self.history,
             "random_states": random_states,
             "state": {name: part.state_dict() for name, part in self.state.items()},
@@ -377,21 +372,21 @@ class Run:
         common.save_tensors(self.path, contents)
 
     def restore(self, old):
-        """Go on where the checkpoint was written."""
+        """Go on where the checkpoint was written. Raises BadInput if the script was changed."""
         self.refuse_changes(old["data"], self.data)
-        missing = sorted(self.state.keys() - old["state"].keys())
-        require(
-            not missing, f"{self.path} holds no {', '.join(missing)}; give another --output_dir"
-        )
         for name, part in self.state.items():
             rates = [group["lr"] for group in getattr(part, "param_groups", [])]
-            part.load_state_dict(old["state"][name])
+            try:
+                part.load_state_dict(old["state"][name])
+            except (KeyError, RuntimeError, ValueError):
+                self.refuse(f"{self.path} is of another {name} than the script has now")
             groups = getattr(part, "param_groups", [])  # loading has made new ones
             for group, rate in zip(groups, rates):
                 if isinstance(rate, torch.Tensor):  # the script goes on changing this very tensor
                     group["lr"] = rate.fill_(group["lr"])
         self.epoch, self.first_step, self.history = old["epoch"], old["step"], old["history"]
-        self.names, self.rows = old["names"], old["rows"].to(self.device)
+        self.names = old["names"]
+        self.rows = [torch.as_tensor(row, device=self.device) for row in old["rows"]]
         set_random_state(self.device, old["random_states"][RANK])
 
     @contextmanager
@@ -436,9 +431,16 @@ def join_processes(device):
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 
 
+def check_plain(settings):
+    """Raises BadInput for a numpy number or a Path: saved, it could never be loaded again."""
+    for key, value in settings.items():
+        plain = type(value) in (bool, int, float, str, tuple, list, type(None))
+        require(plain, f"{key} must be a plain number, bool or str, not {value!r}")
+
+
 def check_writable(folder):
     """Raises BadInput if nothing can be written there. The first file that is written makes it."""
-    there = next(place for place in (folder, *folder.parents) if place.exists())
+    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
         tempfile.TemporaryFile(dir=there).close()
     except OSError as error:

@@ -71,6 +71,10 @@ def test_a_class_that_is_left_out_is_gone_and_named():
     assert torch.cat(train.epoch_batches(0, 1)).max() == 4049
     with pytest.raises(common.BadInput, match="exclude_class 10 must be one of the labels"):
         load(exclude_class=10)
+    # of few images the held-out tenth may have none of the class
+    few = Pictures([torch.zeros(1, 8, 8)] * 20, [0] * 18 + [1] * 2)
+    sizes = [len(split) for split in load(few, image_size=8, batch_size=1, exclude_class=1)]
+    assert sum(sizes) == 18
 
 
 def test_batches_scale_flip_and_order():
@@ -182,8 +186,21 @@ def test_tensors_of_a_dataset_are_bytes_or_shares_of_one():
     for wrong in (ramp.float(), ramp / 127.5 - 1):
         with pytest.raises(common.BadInput, match=r"image 1 .* floats in \[0, 1\]"):
             load(Pictures([ramp, wrong]), image_channels=3)
+    for wrong in (ramp.short(), ramp[:2]):
+        with pytest.raises(common.BadInput, match=r"image 1 .* must be uint8 or floats, \(1 or 3"):
+            load(Pictures([ramp, wrong]), image_channels=3)
     with pytest.raises(common.BadInput, match="two images"):
         load(Pictures([ramp]), image_channels=3)
+
+
+@pytest.mark.parametrize("mode", ["P", "RGBA", "L"])
+def test_pillow_s_images_of_a_dataset_may_have_any_mode(mode):
+    image = Image.new("RGB", (8, 8), (255, 0, 0)).convert(mode)
+    splits = load(Pictures([image, image]), image_channels=3, image_size=8, batch_size=1)
+    expected = [76, 76, 76] if mode == "L" else [255, 0, 0]
+    assert splits[0].pixels[0, :, 4, 4].tolist() == expected
+    grey, _ = load(Pictures([image, image]), image_channels=1, image_size=8, batch_size=1)
+    assert grey.pixels.unique().tolist() == [76]
 
 
 # ----------------------------------------------------------------------------- folders
