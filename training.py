@@ -183,6 +183,7 @@ class Run:
             "unit": self.unit,
             "step": self.unit_size,
             "goal": self.num_epochs * self.unit_size,
+            "written": time.strftime("%H:%M on %Y-%m-%d"),
             "history": self.history,
             "pictures": sorted(path.name for path in self.folder.glob("*.png")),
             "settings": {**self.settings, **self.data, "torch": torch.__version__},

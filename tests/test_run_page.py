@@ -1,6 +1,7 @@
 """run.html, the page of a run, in a real browser."""
 
 import os
+import re
 import shutil
 
 import helpers
@@ -42,7 +43,7 @@ def runs(tmp_path_factory):
 @pytest.fixture
 def page(browser, runs):
     """run.html, opened from the disk; it reports nothing wrong and asks nobody for anything."""
-    page = browser.new_page(viewport={"width": 1000, "height": 800})
+    page = browser.new_page(viewport={"width": 1000, "height": 800}, has_touch=True)
     wrong, asked = [], []
     page.on("console", lambda message: wrong.append(message.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -57,17 +58,20 @@ def page(browser, runs):
 def is_shown(page):
     """The file name of the picture that is shown, if the browser could read it."""
     loaded = "image => image.decode().then(() => image.naturalWidth > 0)"
-    assert page.locator("#picture").evaluate(loaded)
-    return page.locator("#picture").get_attribute("src").split("?")[0]
+    assert page.locator("#pictures .shown").evaluate(loaded)
+    return page.locator("#pictures .shown").get_attribute("src").split("?")[0]
 
 
 def test_the_slider_goes_through_the_pictures_of_each_kind(page):
+    assert page.locator("#kinds").inner_text().split() == ["generated", "image", "reconstruction"]
     assert is_shown(page) == "generated_image_epoch_2.png"
     page.locator("#when").press("ArrowLeft")
     assert is_shown(page) == "generated_image_epoch_1.png"
+    curves = page.locator("#charts").bounding_box()["y"]
     page.get_by_role("radio", name="reconstruction").check()
-    assert is_shown(page) == "reconstruction_epoch_2.png"
-    page.locator("#when").press("Home")
+    assert is_shown(page) == "reconstruction_epoch_1.png", "the same epoch of the other kind"
+    assert page.locator("#which").inner_text() == "epoch 1, 1 of 2 pictures"
+    assert page.locator("#charts").bounding_box()["y"] == curves, "nothing jumps"
     page.reload()
     assert is_shown(page) == "reconstruction_epoch_1.png", "a reading again forgets nothing"
 
@@ -76,17 +80,30 @@ def test_the_curves_say_the_history_s_values(page, runs):
     history = helpers.read_history(runs / "out")
     caption = page.locator("figcaption", has_text="reconstruction")
     ours, test = (float(history[1][key]) for key in ("reconstruction", "test reconstruction"))
-    assert f"{ours:.4g}, test {test:.4g} at epoch 2" in caption.inner_text()
+    assert f"at epoch 2: {ours:.4g}, test {test:.4g}" in caption.inner_text()
     canvas = page.locator("figure", has=caption).locator("canvas")
     box = canvas.bounding_box()
+    canvas.tap(position={"x": box["width"] / 2, "y": 60})
+    assert "at epoch 1" in caption.inner_text(), "it stays when the finger is lifted"
+    page.locator("#title").tap()
+    assert "at epoch 2" in caption.inner_text()
     canvas.hover(position={"x": box["width"] / 2, "y": 60})
     assert f"{float(history[0]['reconstruction']):.4g}" in caption.inner_text()
     assert "at epoch 1" in caption.inner_text()
     canvas.press("ArrowRight")
     assert "at epoch 2" in caption.inner_text()
+    canvas.press("Home")
+    assert "at epoch 1" in caption.inner_text()
+    canvas.press("End")
+    assert "at epoch 2" in caption.inner_text()
 
 
 def test_another_run_is_laid_over(page, runs):
+    lines = (runs / "other" / "history.csv").read_text(encoding="utf-8").splitlines()
+    (runs / "short.csv").write_text("\n".join(lines[:2]), encoding="utf-8")
+    page.set_input_files("#other", runs / "short.csv")
+    ends = "other run ends at epoch 1"
+    page.locator("figcaption", has_text="KL").filter(has_text=ends).wait_for(timeout=5000)
     page.set_input_files("#other", runs / "other" / "history.csv")
     other = float(helpers.read_history(runs / "other")[1]["KL"])
     caption = page.locator("figcaption", has_text="KL")
@@ -103,10 +120,20 @@ def test_another_run_is_laid_over(page, runs):
         }"""
     )
     assert orange > 50
+    (runs / "bad.csv").write_text("a,b\n1,2\n", encoding="utf-8")
+    for wrong in (runs / "bad.csv", runs / "out" / "reconstruction_epoch_1.png"):
+        page.set_input_files("#other", wrong)
+        words = f'{wrong.name} has no column "epoch"'
+        page.locator("#said", has_text=words).wait_for(timeout=5000)
+        assert f"other run {other:.4g}" in caption.inner_text(), "the run that was laid over stays"
+    page.get_by_role("button", name="remove the other run").click()
+    assert "other run" not in caption.inner_text()
+    assert not page.locator("#remove").is_visible() and not page.locator("#said").inner_text()
 
 
 def test_settings_and_state_are_told(page):
-    assert page.locator("#state").inner_text() == "epoch 2 of 2; finished"
+    state = r"epoch 2 of 2, written at \d\d:\d\d on \d{4}-\d\d-\d\d; finished"
+    assert re.fullmatch(state, page.locator("#state").inner_text())
     table = page.locator("#settings").inner_text()
     classes = "class_names\tbright, dark"
     for words in ("latent_dim\t8", "seed\t0", "images\t90", "torch\t2.", classes):
@@ -119,6 +146,7 @@ def test_a_run_that_goes_on_is_read_again(page, runs):
     assert '"goal": 2' in text
     path.write_text(text.replace('"goal": 2', '"goal": 3').replace("5000", "200"), encoding="utf-8")
     page.goto(path.as_uri())
-    assert "epoch 2 of 3; this page" in page.locator("#state").inner_text()
+    state = page.locator("#state").inner_text()
+    assert "epoch 2 of 3" in state and "read again every five seconds" in state
     path.write_text(text, encoding="utf-8")
-    page.locator("#state", has_text="epoch 2 of 2; finished").wait_for(timeout=5000)
+    page.locator("#state", has_text="finished").wait_for(timeout=5000)
