@@ -43,7 +43,7 @@ model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with a beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first convolution; they double where the side halves
-    "image_channels": 3,  # 3: colour; 1: grey, with other networks and loss; mnist is always 1
+    "image_channels": 3,  # 3: colour; 1: grey, other networks, loss; always of (fashion_)mnist
 }
 # Your own images: a folder of them (dataset_type "folder"), or from Python any
 # torch Dataset in the place of "cifar10": see `main`.
@@ -108,9 +108,10 @@ def check_settings(settings):
     run_kwargs. Each refusal is a common.BadInput, which ends the script with
     exit status 2.
 
-    A key of your own goes into model_kwargs or trainer_kwargs, and into the
-    parameters of Trainer.__init__. Checkpoints that were made without it are
-    then refused.
+    A key of your own goes into trainer_kwargs and into the parameters of
+    Trainer.__init__. One that shapes the networks goes into model_kwargs, and
+    also into what builds them there and where weights are loaded. Checkpoints
+    that were made without it are then refused.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -151,7 +152,7 @@ class ColourEncoder(nn.Module):
             nn.Conv2d(2 * width, 4 * width, kernel_size=3, stride=2, padding=1),  # (N, 128, 8, 8)
             nn.ReLU(),
             nn.Conv2d(4 * width, 8 * width, kernel_size=3, stride=2, padding=1),  # (N, 256, 4, 4)
-            # no activation, as in the course
+            # no activation, as at CMU
             nn.Flatten(),  # (N, 4096)
         )
         features = 8 * width * (image_size // 8) ** 2
@@ -311,10 +312,10 @@ def reconstruction_loss(output, x):
     It is summed over the pixels and averaged over the batch. Colour, in [-1, 1]: the
     squared error, which is -log N(x; output, 1/2 I) up to a constant. Grey,
     in [0, 1]: the cross-entropy -log p(x|z) in nats, where each pixel is the
-    probability of ink and the output a logit: the log of a sigmoid that has
-    rounded to 0 would be infinite. It is a sum because log p of an image is
-    the sum over its pixels, as the KL is one over latents: with a mean over
-    pixels beta would be 3072 times what it says.
+    probability of ink and the output a logit. (The log of a sigmoid that has
+    rounded to 0 would be infinite.) Both are sums because log p of an image
+    is the sum over its pixels, as the KL is one over latents: with a mean over
+    the 3072 numbers of a colour image beta would be 3072 times what it says.
 
     Another loss goes into the two returns below. For grey, take the output's
     sigmoid first, unless the loss expects logits. Then give another
@@ -434,9 +435,9 @@ class Trainer:
         loss.backward()
         # with torchrun: the mean over all processes, a batch each; alone: nothing
         training.all_reduce_gradients(self.optimizer)
-        # As in the course, the gradient of all weights together is scaled down to
-        # norm 1. The loss is a sum over pixels, so that norm is 400 to 500: every
-        # step is scaled down, and counts as much as any other in Adam's means.
+        # As at CMU, the gradient of all weights together is scaled down to norm 1;
+        # the loss is a sum over pixels, so that norm is 400 to 500. Adam's steps do
+        # not become small by it, but every batch counts alike in its means.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -452,7 +453,7 @@ class Trainer:
         """
         # Adam's own count of steps, a tensor, which grows in a recorded step too
         t = self.optimizer.state[self.parameters[0]]["step"]
-        # 1 - decay: that of (1 + t) / (10 + t) is 9 / (10 + t)
+        # this is 1 - decay, since 1 - (1 + t) / (10 + t) = 9 / (10 + t)
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
         averages = [*self.ema_encoder.parameters(), *self.ema_decoder.parameters()]
         for ema, now in zip(averages, self.parameters):
@@ -475,7 +476,7 @@ class Trainer:
     def beta_of(self, epoch):
         """The weight of the KL in an epoch (from 1), by the schedule.
 
-        The course counts epochs from 0: there the linear schedule is 0 in
+        CMU's exercise counts epochs from 0: there the linear schedule is 0 in
         epoch 0, and 0.95 beta in epoch 19 of 20.
         """
         if self.beta_schedule == "constant":
@@ -571,7 +572,7 @@ def draw_latent_space(encoder, decoder, test, path):
         mu, _ = encoder(x)
         means.append(mu)
     mu = torch.cat(means)  # (N, 2)
-    # a few outliers stay outside
+    # the axes end at these quantiles, so that a few outliers stay outside
     low, high = mu.quantile(torch.tensor([0.01, 0.99], device=mu.device), dim=0)  # (2,) each
     plane = decode_plane(decoder, low, high)
 

@@ -69,9 +69,10 @@ def check_settings(settings):
     run_kwargs. Each refusal is a common.BadInput, which ends the script with
     exit status 2.
 
-    A key of your own goes into model_kwargs or trainer_kwargs, and into the
-    parameters of Trainer.__init__. Checkpoints that were made without it are
-    then refused.
+    A key of your own goes into trainer_kwargs and into the parameters of
+    Trainer.__init__. One that shapes the networks goes into model_kwargs, and
+    also into what builds them there and where weights are loaded. Checkpoints
+    that were made without it are then refused.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
