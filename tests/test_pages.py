@@ -393,6 +393,15 @@ def test_the_square_by_mouse_keyboard_and_touch(artist_of, visit):
     assert torch.allclose(now(page)[0], corners[:1])
     page.mouse.move(*at(0.9, 0.9))
     page.mouse.down()
+    page.mouse.move(*at(1.1, 1.1))  # the dot stays in the corner
+    page.mouse.up()
+    page.click("#round")  # at a corner that changes nothing
+    page.keyboard.press("Space")
+    for x in (0.5, 0.7):
+        page.mouse.click(*at(x, 0.9))
+    page.mouse.move(*at(0.9, 0.9))
+    page.mouse.down()
+    page.mouse.move(*at(0.4, 0.5))
     page.mouse.move(*at(0.25, 0.5))
     page.mouse.up()
     page.mouse.move(*at(0.5, 0.5))  # the button is up: nothing moves
@@ -403,10 +412,18 @@ def test_the_square_by_mouse_keyboard_and_touch(artist_of, visit):
     for key in ("ArrowRight", "ArrowRight", "ArrowLeft", "ArrowDown", "ArrowDown", "ArrowUp"):
         page.keyboard.press(key)
     assert torch.allclose(now(page)[0], mixed(walks.slerp, 0.3, 0.55), atol=0.02)
+    time.sleep(1.1)
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("ArrowDown")
     page.click("#round")
-    assert torch.allclose(now(page)[0], mixed(walks.lerp, 0.3, 0.55), atol=0.02)
-    page.keyboard.press("Space")
-    assert torch.allclose(now(page)[0], mixed(walks.slerp, 0.3, 0.55), atol=0.02)
+    assert torch.allclose(now(page)[0], mixed(walks.lerp, 0.25, 0.6), atol=0.02)
+    # the way back: the kind of mix, two bursts of keys, a drag, two clicks, a drag
+    places = [(0.25, 0.6), (0.3, 0.55), (0.25, 0.5), (0.7, 0.9), (0.5, 0.9), (1.0, 1.0), (0.0, 0.0)]
+    for x, y in places:
+        page.click("#back")
+        assert page.is_checked("#round")
+        assert torch.allclose(now(page)[0], mixed(walks.slerp, x, y), atol=0.02)
+    assert page.is_disabled("#back")
     page.touchscreen.tap(*at(0.99, 0.01))
     assert torch.allclose(now(page)[0], corners[1:2], atol=0.2)
     for corner, i in zip(expected(artist, corners), range(4)):
@@ -425,9 +442,13 @@ def test_the_seed_the_walk_and_the_way_back(artist_of, visit):
     twelfth, _ = now(page)
     assert not torch.allclose(first, twelfth)
     assert torch.allclose(twelfth, torch.tensor(page.evaluate("samples(12)[0]")))
-    page.fill("#seed", "-1")  # refused
-    page.keyboard.press("Enter")
-    assert page.input_value("#seed") == "12"
+    for refused in ("-1", "2.5", "", "4294967296"):
+        page.evaluate("refresh()")
+        assert page.inner_text("#seed_said") == "The same seed gives the same four samples."
+        page.fill("#seed", refused)
+        page.keyboard.press("Enter")
+        assert page.input_value("#seed") == "12"
+        assert page.inner_text("#seed_said") == "A seed is a whole number from 0 to 4294967295."
     assert torch.equal(now(page)[0], twelfth)
     page.click("#random")
     other, _ = now(page)
@@ -468,6 +489,10 @@ def test_a_walk_goes_round_the_square_and_anything_else_ends_it(artist_of, visit
     page.focus("#pad")
     page.keyboard.press("ArrowDown")
     assert page.evaluate("playing") is False
+    page.click("#play")
+    page.keyboard.press("Escape")
+    assert page.inner_text("#play") == "Walk round the corners"
+    assert page.evaluate("playing") is False
 
 
 @needs_browser
@@ -494,6 +519,18 @@ def test_a_direction_moves_z_along_it_alone(artist_of, visit):
     places = [float(text) for text in page.locator("#directions output").all_inner_texts()]
     wanted = directions @ ((z[0] - torch.tensor(data["mean"])) / spread)
     assert torch.allclose(torch.tensor(places), wanted, atol=0.01)
+    hollow = page.locator("#dot.hollow")
+    assert hollow.count() == 1
+    assert "moved away from this mix by the sliders" in page.inner_text("#pad_help")
+    page.click("#round")  # which is no way to lose what the sliders did
+    assert torch.equal(now(page)[0], z)
+    page.click("#unmove")
+    assert torch.allclose(now(page)[0], before)
+    assert hollow.count() == 0
+    assert "Drag the dot" in page.inner_text("#pad_help")
+    page.click("#back")
+    assert torch.equal(now(page)[0], z)
+    assert hollow.count() == 1
     names = page.locator("#directions span").all_inner_texts()
     shares = data["shares"]
     assert names[0] == f"direction 1 ({100 * shares[0]:.1f} %)"
@@ -524,9 +561,21 @@ def test_the_classes_and_the_way_between_two(artist_of, visit):
     share = page.evaluate("state.share")
     assert abs(share - 0.5) < 0.03
     check(torch.lerp(vectors[7], vectors[4], share))
+    page.click("#back")
+    check(vectors[4])
+    page.click("#share")
     page.focus("#classes button >> nth=2")
     page.keyboard.press("Enter")
-    check(vectors[2])
+    check(torch.lerp(vectors[2], vectors[4], share))
+    percent = round(100 * share)
+    assert f"{100 - percent} % 2, {percent} % 4" in page.inner_text("#class_said")
+    page.locator("#classes button").nth(4).click()  # they change places
+    check(torch.lerp(vectors[4], vectors[2], share))
+    assert page.locator("#to option:disabled").all_inner_texts() == ["4"]
+    page.focus("#share")
+    page.keyboard.press("Home")
+    check(vectors[4])
+    assert "To mix in 2, raise its share above 0" in page.inner_text("#class_said")
 
 
 @needs_browser
@@ -534,6 +583,8 @@ def test_z_is_copied_and_the_image_saved(artist_of, visit, tmp_path):
     artist, path = artist_of("main_dcgan")
     page = visit(path)
     z, _ = now(page)
+    name = re.sub(r"\W+", "_", artist.title.removesuffix(".pt"))
+    large = expected(artist, z)[0].repeat(16, axis=0).repeat(16, axis=1)  # 256 pixels a side
     for press in (page.click, lambda button: page.press(button, "Enter")):
         page.evaluate("said.textContent = ''; navigator.clipboard.writeText('nothing')")
         press("#copy")
@@ -542,10 +593,10 @@ def test_z_is_copied_and_the_image_saved(artist_of, visit, tmp_path):
         assert torch.allclose(torch.tensor([copied]), z, atol=1e-4)
         with page.expect_download(timeout=5000) as saved:
             press("#save")
-        assert saved.value.suggested_filename == "latent_space_seed_3.png"
+        assert saved.value.suggested_filename == f"{name}_seed_3.png"
         saved.value.save_as(tmp_path / "saved.png")
         pixels = np.asarray(Image.open(tmp_path / "saved.png").convert("RGB")) / 255
-        assert np.abs(pixels - expected(artist, z)[0]).max() < 2 / 255
+        assert np.abs(pixels - large).max() < 2 / 255
 
 
 @needs_browser
