@@ -23,13 +23,14 @@ differs from the papers: D sums its last map over the places, as in the course,
         where Gulrajani et al. take the mean; all losses, so r3gan too, have one
         pair of networks, so that they can be compared; pictures and weights are
         of an averaged G, which is steadier
-expect: much smaller than the default, on 5,430 birds of CUB-200 of 2010
-        (feature_maps 32, batch_size 32, lr 0.0008, 4,500 iterations, seed 0,
-        bfloat16); classifier distance of 2,000 images, less is better: gan 908,
-        lsgan 742, wgan-gp 268, r3gan 397, half an hour for the four on one core
-        of an AMD EPYC; r3gan with lr 0.0004 after 16,000 iterations 236, 41
-        min; the loss of wgan-gp goes from -3.9 to -2.2, its penalty from 0.08
-        to 0.016
+expect: the default run is for a GPU, and was not made here. Much smaller ones,
+        on 5,430 birds of CUB-200 of 2010 (feature_maps 32, batch_size 32, lr
+        0.0008, 4,500 iterations, seed 0, bfloat16), end at these classifier
+        distances of 2,000 images, less is better: gan 908, lsgan 742, wgan-gp
+        268, r3gan 397; half an hour for the four on one core of an AMD EPYC.
+        r3gan with lr 0.0004 after 16,000 iterations: 236, 41 min. From first to
+        last period the discriminator loss of wgan-gp goes from -3.9 to -2.2,
+        and its penalty from 0.08 to 0.016.
 """
 
 import dataclasses
@@ -85,7 +86,8 @@ experiment_kwargs = {
 }
 # What suits each loss: the course's settings; for r3gan one step of each
 # network, as in Huang et al., and a weight that suits the birds. The weight
-# is lambda in wgan-gp; in every other loss it is gamma, of R1 and R2.
+# is lambda in wgan-gp; in every other loss it is gamma, of R1 and R2 (see
+# zero_centred_penalty).
 LOSS_DEFAULTS = {
     "gan": {"d_steps": 5, "penalty_weight": 0.0},
     "lsgan": {"d_steps": 5, "penalty_weight": 0.0},
@@ -393,12 +395,13 @@ def gradient_penalty(critic, real, fake, epsilon):
 def zero_centred_penalty(images, logits):
     """|gradient of D|^2, mean over real and generated images together: (R1 + R2) / gamma.
 
-    gamma is penalty_weight. Mescheder et al., eqs. (9) and (10): R1 is gamma /
-    2 times its mean over the N real images, R2 over the N generated ones; a
-    mean over all 2N is half their sum already. Once D cannot tell the two
-    apart, a constant D has the least loss, so that D can come to rest. images
-    (2N, C, H, W), halves of one size, which require a gradient; logits (2N,)
-    are D's of them.
+    Mescheder et al., eqs. (9) and (10): R1 is gamma / 2 times the mean of
+    |gradient|^2 over the N real images, R2 the same over the N generated ones.
+    So R1 + R2 is gamma, our penalty_weight, times the mean over all 2N, which
+    is returned. Unlike that of wgan-gp, this penalty draws the slope to 0: a
+    constant D has the least loss once G is perfect, and training can come to
+    rest. images (2N, C, H, W), halves of one size, which require a gradient;
+    logits (2N,) are D's of them.
     """
     # As above, an image's gradient is that of its own logit.
     total = logits.sum()
@@ -446,16 +449,18 @@ def steps_taken(optimizer):
 def make_scorer(train, score_features, score_images):
     """What measures how far generated images are from `train`. None: no scores.
 
-    It is the Frechet distance between two Gaussians, of the features of all
-    images of `train` and of score_images generated ones. With Inception's
-    features it is the FID; with those of a classifier it is not, and compares
-    only with itself. See fid.py.
+    A network that was trained to classify turns each image into a vector, its
+    features. The mean and covariance of those of all images of `train` and of
+    score_images generated ones are compared: that is the Frechet distance, and
+    less is better. With Inception as this network it is the FID; with a small
+    classifier that is trained on `train` it is the "classifier distance", which
+    compares only with others by the same classifier. See fid.py.
     """
     if score_images == 0:
         return None
     try:
         return fid.Scorer(train, features=score_features, num_images=score_images)
-    except ValueError as error:  # no Inception file, and one class, which trains no classifier
+    except ValueError as error:  # no Inception file, and of one class no classifier can be trained
         if score_features != "auto":
             raise
         print(f"WARNING: NO SCORES. {error}.", file=sys.stderr, flush=True)
@@ -490,8 +495,8 @@ class Trainer:
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged, and batch norm's statistics too. All of them draw, but only the
-    first one writes and prints.
+    averaged, and by run batch norm's running statistics. All of them draw, but
+    only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -529,7 +534,7 @@ class Trainer:
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
         # A tensor, since a recorded step (see `step`) would not notice a new number.
-        # Both optimisers hold this very one, in a continued run too.
+        # Both optimisers share it, and run.epochs leaves it so in a continued run.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
@@ -630,7 +635,7 @@ class Trainer:
         """
         t = steps_taken(self.generator_optimizer)
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
-        averaged = self.ema_generator.state_dict()
+        averaged = self.ema_generator.state_dict()  # the very tensors of the network
         for name, value in self.generator.state_dict().items():
             if value.is_floating_point():  # counters are not averaged
                 averaged[name].lerp_(value, weight)
@@ -667,8 +672,9 @@ class Trainer:
         }
         periods = self.num_iterations // self.sample_every
         size = self.sample_every
-        # A period is so many calls of `step`, but printed and written as `size` iterations.
-        calls = size // self.d_steps
+        calls = size // self.d_steps  # of `step` in a period
+        # unit and unit_size are only words: after period p run prints and writes
+        # "iteration" p * size
         for period in run.epochs(
             self.train, state, periods, steps=calls, unit="iteration", unit_size=size
         ):
@@ -676,8 +682,8 @@ class Trainer:
             refuse_other_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
-                # A picture every 100 calls of `step` goes here. run.step is the number
-                # of the call just done, counted from 0 in each period:
+                # A picture every 100 calls of `step`, 100 * d_steps iterations, goes here.
+                # run.step is the number of the call just done, from 0 in each period:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{period}_step_{run.step}")
             self.evaluate(period * size)

@@ -301,8 +301,8 @@ class Trainer:
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
-    averaged, and batch norm's statistics too. All of them draw, but only the
-    first one writes and prints.
+    averaged, and by run batch norm's running statistics. All of them draw, but
+    only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -408,7 +408,7 @@ class Trainer:
         # batch norm counts the steps on the device
         t = self.generator.model[1].num_batches_tracked
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
-        averaged = self.ema_generator.state_dict()
+        averaged = self.ema_generator.state_dict()  # the very tensors of the network
         for name, value in self.generator.state_dict().items():
             if value.is_floating_point():  # counters are not averaged
                 averaged[name].lerp_(value, weight)
