@@ -236,7 +236,7 @@ def save_tensors(path, contents):
 def cache(path, script, **contents):
     """Keep what was computed, if the folder can be written; load_weights reads it."""
     try:
-        save_tensors(path, {"script": script, "dataset_kwargs": {}, **contents})
+        save_tensors(path, {"script": script, **contents})
     except OSError as error:
         warn(f"not cached: {error}")
 
@@ -263,7 +263,7 @@ def load_weights(path, script, part):
     written_by = contents["script"]
     if script and written_by != script:
         raise BadInput(f"{path} was written by {written_by}.py, not by {script}.py")
-    if "dataset_kwargs" not in contents:
+    if "dataset_kwargs" not in contents and written_by not in ("common", "fid"):  # caches
         raise BadInput(
             f"{path} was written by an older version of this collection, which did not record "
             "the data; train again, or use that version"
@@ -471,6 +471,7 @@ def load_data(
         wrong = f"exclude_class {exclude_class} must be one of the labels of several classes"
         require(others.any() and not others.all(), wrong)
         train, test = leave_out(train, exclude_class), leave_out(test, exclude_class)
+        require(len(test) > 0, f"exclude_class {exclude_class} leaves no image to test on")
     most = f"batch_size must be at most {len(train)}, all images of {train.name}"
     require(batch_size <= len(train), most)
     batches = dict(batch_size=batch_size, shuffle=shuffle, normalize=normalize)
@@ -628,6 +629,8 @@ def load_dataset(dataset, size, channels):
     for i in range(len(dataset)):
         image, label = dataset[i]
         if not isinstance(image, torch.Tensor):
+            deep = image.mode[0] in "IF"  # more than 8 bits a channel
+            require(not deep, f"image {i} of the Dataset has mode {image.mode}; bring it to 8 bits")
             image = pil_to_tensor(flatten_image(image, channels))
         if image.is_floating_point():
             inside = image.min() >= 0 and image.max() <= 1
@@ -749,7 +752,7 @@ def class_of(path, folder):
 
 
 def flatten_image(image, channels):
-    """A Pillow image of any mode as RGB or L: upright, and white where it is transparent."""
+    """A Pillow image of 8 bits a channel as RGB or L: upright, white where it is transparent."""
     from PIL import Image, ImageOps
 
     image = ImageOps.exif_transpose(image)

@@ -13,7 +13,7 @@ run:    python gan_cub.py                       (any key below is an option: --l
         torchrun --nproc_per_node=2 gan_cub.py  (two processes, a batch each)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, history.csv, fid_vs_iterations.png
-        (the curves with the score, FID or not; without one train_loss_curve.png),
+        (the curves and the score; train_loss_curve.png where there is no score),
         run.html (open it to watch: pictures and curves),
         checkpoint.pt, after every period of sample_every iterations and at
         Ctrl-C (the same command continues from it),
@@ -124,14 +124,15 @@ def suit_loss(loss, d_steps, penalty_weight):
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    common.load_data and training.Run check the other keys of dataset_kwargs and
-    run_kwargs. Each refusal is a common.BadInput, which ends the script with
-    exit status 2.
+    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
+    and training.Run check. Each refusal is a common.BadInput, which ends the
+    script with exit status 2.
 
     A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, and
-    also into what builds them there and where weights are loaded. Checkpoints
-    that were made without it are then refused.
+    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
+    the parameters of Trainer.__init__ too, and to both places where networks
+    are built: there, and where weights are loaded. Checkpoints that were made
+    without it are then refused.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -490,13 +491,13 @@ class Trainer:
     their means to the history and returns all rows, and run.save_weights writes
     what sampling needs. After each turn of the loop over periods run.epochs
     writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; only a power cut loses the period
-    under way. A loss that is no longer finite ends the run.
+    is finished and checkpoint.pt is written; a run that is killed loses the
+    period under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since gradients are
-    averaged, and by run batch norm's running statistics. All of them draw, but
-    only the first one writes and prints.
+    own. All begin with equal networks, which stay equal, since `step` averages
+    the gradients, and run the running statistics of batch norm. All of them
+    draw, but only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -555,7 +556,7 @@ class Trainer:
         then repeated, with new noise but without this Python: an `if` keeps to
         the recorded branch, a number to its value, and .item() is an error. So
         keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor with one number to the dict that is
+        column in history.csv add a tensor of shape () to the dict that is
         returned here or by discriminator_step; for a curve also to `panels` in
         draw_curves.
         """

@@ -208,7 +208,7 @@ def describe_codes(codes):
     """mu of every code_step-th point, codes (N, D), as bytes between code_low and code_high.
 
     They are of a thousand points, so that the page can tell which are nearest to a drawing, and of
-    none where D is large, which would make the page so.
+    none where D is above 64, since the page would grow too large.
     """
     step = math.ceil(len(codes) / 1000)
     low, high = codes.min().item(), codes.max().item()

@@ -43,7 +43,7 @@ model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with a beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first convolution; they double where the side halves
-    "image_channels": 3,  # 3: colour; 1: grey, other networks, loss; always of (fashion_)mnist
+    "image_channels": 3,  # 3 colour; 1 grey, with other networks and another loss (MNIST always)
 }
 # Your own images: a folder of them (dataset_type "folder"), or from Python any
 # torch Dataset in the place of "cifar10": see `main`.
@@ -61,7 +61,7 @@ trainer_kwargs = {
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear; linear grows from 0 in epoch 1 to beta
     "beta_epochs": 20,  # of the linear schedule: with 20, epoch 20 has 0.95 beta, epoch 21 all
-    "ema_decay": 0.99,  # for pictures, files and tests weights are averaged over 100 steps; 0: not
+    "ema_decay": 0.99,  # tests, pictures, files are of averaged weights (100 steps); 0: no average
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there; give each setting its own
 }
@@ -104,14 +104,15 @@ EXPERIMENTS = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    common.load_data and training.Run check the other keys of dataset_kwargs and
-    run_kwargs. Each refusal is a common.BadInput, which ends the script with
-    exit status 2.
+    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
+    and training.Run check. Each refusal is a common.BadInput, which ends the
+    script with exit status 2.
 
     A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, and
-    also into what builds them there and where weights are loaded. Checkpoints
-    that were made without it are then refused.
+    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
+    the parameters of Trainer.__init__ too, and to both places where networks
+    are built: there, and where weights are loaded. Checkpoints that were made
+    without it are then refused.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -348,8 +349,8 @@ class Trainer:
     needs. run.pictures_due is true every sample_every epochs, after the first
     and after the last. After each turn of the loop over epochs, run.epochs
     writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; only a power cut loses the epoch
-    under way. A loss that is no longer finite ends the run.
+    is finished and checkpoint.pt is written; a run that is killed loses the
+    epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
@@ -427,7 +428,7 @@ class Trainer:
         then repeated, with new noise but without this Python: an `if` keeps to
         the recorded branch, a number to its value, and .item() is an error. So
         keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor with one number to the dict that is
+        column in history.csv add a tensor of shape () to the dict that is
         returned; for a curve also to `panels` in draw_curves.
         """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
@@ -667,8 +668,8 @@ def with_changes(kwargs, changes):
 def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment):
     """Train each setting of an experiment in a folder of its own, then compare them.
 
-    A setting whose run is complete is only read from its checkpoint. Returns {setting:
-    Trainer}.
+    A setting whose run is complete is only read from its checkpoint. Returns
+    {setting: Trainer}.
     """
     folder = Path(trainer_kwargs["output_dir"])
     trainers = {}

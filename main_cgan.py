@@ -76,14 +76,15 @@ SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    common.load_data and training.Run check the other keys of dataset_kwargs and
-    run_kwargs. Each refusal is a common.BadInput, which ends the script with
-    exit status 2.
+    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
+    and training.Run check. Each refusal is a common.BadInput, which ends the
+    script with exit status 2.
 
     A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, and
-    also into what builds them there and where weights are loaded. Checkpoints
-    that were made without it are then refused.
+    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
+    the parameters of Trainer.__init__ too, and to both places where networks
+    are built: there, and where weights are loaded. Checkpoints that were made
+    without it are then refused.
     """
     for key in ("latent_dim", "embedding_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -296,13 +297,13 @@ class Trainer:
     needs. run.pictures_due is true every sample_every epochs, after the first
     and after the last. After each turn of the loop over epochs, run.epochs
     writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; only a power cut loses the epoch
-    under way. A loss that is no longer finite ends the run.
+    is finished and checkpoint.pt is written; a run that is killed loses the
+    epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since gradients are
-    averaged, and by run batch norm's running statistics. All of them draw, but
-    only the first one writes and prints.
+    own. All begin with equal networks, which stay equal, since `step` averages
+    the gradients, and run the running statistics of batch norm. All of them
+    draw, but only the first one writes and prints.
 
     train: a common.Images, which lies on the device as a whole: train.pixels
     (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
@@ -364,7 +365,7 @@ class Trainer:
         then repeated, with new noise but without this Python: an `if` keeps to
         the recorded branch, a number to its value, and .item() is an error. So
         keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor with one number to the dict that is
+        column in history.csv add a tensor of shape () to the dict that is
         returned; for a curve also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)

@@ -11,8 +11,8 @@ writes: mnist_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, his
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: LeakyReLU and no dropout in D (there: maxout, dropout)
         and Adam (there: momentum), as most GANs have it since; smoothed labels
-        and He weights in G, for which reasons stand there
-expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.63, D(G(z)) 0.37,
+        and He weights in G, whose reasons stand beside them
+expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.62, D(G(z)) 0.38,
         diversity 0.97 (see `fit`), losses 1.18 and 1.22; 3.4 min on one core of
         an AMD EPYC
 """
@@ -63,14 +63,15 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work. settings: {key: value}.
 
-    common.load_data and training.Run check the other keys of dataset_kwargs and
-    run_kwargs. Each refusal is a common.BadInput, which ends the script with
-    exit status 2.
+    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
+    and training.Run check. Each refusal is a common.BadInput, which ends the
+    script with exit status 2.
 
     A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, and
-    also into what builds them there and where weights are loaded. Checkpoints
-    that were made without it are then refused.
+    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
+    the parameters of Trainer.__init__ too, and to both places where networks
+    are built: there, and where weights are loaded. Checkpoints that were made
+    without it are then refused.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -191,8 +192,8 @@ class Trainer:
     needs. run.pictures_due is true every sample_every epochs, after the first
     and after the last. After each turn of the loop over epochs, run.epochs
     writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; only a power cut loses the epoch
-    under way. A loss that is no longer finite ends the run.
+    is finished and checkpoint.pt is written; a run that is killed loses the
+    epoch under way. A loss that is no longer finite ends the run.
 
     Under torchrun each process trains on images of its own with noise of its
     own. All begin with equal networks, which stay equal, since gradients are
@@ -247,7 +248,7 @@ class Trainer:
         then repeated, with new noise but without this Python: an `if` keeps to
         the recorded branch, a number to its value, and .item() is an error. So
         keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor with one number to the dict that is
+        column in history.csv add a tensor of shape () to the dict that is
         returned; for a curve also to `panels` in draw_curves.
         """
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)

@@ -155,7 +155,8 @@ class Run:
         self.data = {**train.record(), "steps an epoch": len(self.sizes)}
         if self.checkpoint:
             self.restore(self.checkpoint)
-            common.write(self.folder / "history.csv", self.history)
+            if self.history:  # a kill between two files leaves the table a row behind
+                common.write(self.folder / "history.csv", self.history)
         elif RANK:  # from equal weights on, each process draws noise of its own
             torch.manual_seed(self.seed + 1_000_003 * RANK)
         if self.path.is_file() and not self.checkpoint and num_epochs and not RANK:
@@ -264,7 +265,7 @@ class Run:
         for name, value in values.items():
             if not isinstance(value, torch.Tensor) or value.ndim:
                 raise TypeError(f"{name!r}: `step` must return tensors of shape (), not {value!r}")
-        self.rows.append(torch.stack(tuple(values.values())).detach())
+        self.rows.append(torch.stack(tuple(values.values())).detach().float())
 
     def end_epoch(self, measured):
         """Add a row to the history: means of the steps' scalars, and `measured` {column: number}.

@@ -278,6 +278,11 @@ def test_a_history_keeps_its_rows_when_a_column_is_added(in_mid_epoch, gan, here
         gan(num_epochs=1)
     first = read_history("out")
     assert len(first) == 1 and "real mean" not in first[0]
+    # a kill after the checkpoint was written leaves the table a row behind: it is made again
+    before = (here / "out" / "history.csv").read_bytes()
+    (here / "out" / "history.csv").unlink()
+    gan(num_epochs=1)
+    assert (here / "out" / "history.csv").read_bytes() == before
     step, end_epoch = main_gan.Trainer.step, training.Run.end_epoch
     seen = []
 

@@ -75,6 +75,9 @@ def test_a_class_that_is_left_out_is_gone_and_named():
     few = Pictures([torch.zeros(1, 8, 8)] * 20, [0] * 18 + [1] * 2)
     sizes = [len(split) for split in load(few, image_size=8, batch_size=1, exclude_class=1)]
     assert sum(sizes) == 18
+    last = Pictures([torch.zeros(1, 8, 8)] * 9, [1] + [0] * 7 + [1])  # the ninth is held out
+    with pytest.raises(common.BadInput, match="exclude_class 1 leaves no image to test on"):
+        load(last, image_size=8, batch_size=1, exclude_class=1)
 
 
 def test_batches_scale_flip_and_order():
@@ -186,6 +189,8 @@ def test_tensors_of_a_dataset_are_bytes_or_shares_of_one():
     for wrong in (ramp.float(), ramp / 127.5 - 1):
         with pytest.raises(common.BadInput, match=r"image 1 .* floats in \[0, 1\]"):
             load(Pictures([ramp, wrong]), image_channels=3)
+    with pytest.raises(common.BadInput, match="image 1 .* has mode F; bring it to 8 bits"):
+        load(Pictures([ramp, Image.new("F", (8, 8), 0.5)]), image_channels=3)
     for wrong in (ramp.short(), ramp[:2]):
         with pytest.raises(common.BadInput, match=r"image 1 .* must be uint8 or floats, \(1 or 3"):
             load(Pictures([ramp, wrong]), image_channels=3)
@@ -226,6 +231,7 @@ def pictures(tmp_path):
         array = noise.randint(0, 255, (*size[::-1], 3), dtype=np.uint8)
         Image.fromarray(array).convert(mode).save(folder / f"{number}{suffix}")
     (folder / "broken.jpg").write_bytes(b"not a picture")
+    (folder / "album.png").mkdir()
     (folder / "notes.txt").write_text("not a picture either")
     (folder / "._0.png").write_bytes(b"left by another system")
     return tmp_path / "birds"
@@ -238,7 +244,8 @@ def test_folder_of_mixed_images(pictures, channels, capsys, monkeypatch):
     assert train.pixels.shape == (7, channels, 16, 16) and len(test) == 1
     assert train.class_names == ["robin", "wren"] and train.name == "folder birds"
     error = capsys.readouterr().err
-    assert "1 unreadable" in error and "broken.jpg" in error and "notes" not in error
+    assert "1 unreadable" in error and "broken.jpg" in error
+    assert "notes" not in error and "album" not in error
 
     def forbidden(*_):
         raise AssertionError("the second start reads the cache")

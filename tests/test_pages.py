@@ -656,7 +656,9 @@ def test_a_digit_drawn_with_a_finger(width, small_vae, visit):
     rebuilt = seen(page, "element('own_rebuilt')")
     assert np.abs(rebuilt[:, :, 0] - logits.sigmoid().view(16, 16).numpy()).max() < 2 / 255
     error = main_vae.reconstruction_loss(logits.flatten(1), torch.tensor([pixels])).item()
-    shown = re.match(r"error ([\d.]+) nats, (below|above) the threshold", page.inner_text("#verdict"))
+    shown = re.match(
+        r"error ([\d.]+) nats, (below|above) the threshold", page.inner_text("#verdict")
+    )
     assert float(shown[1]) == pytest.approx(error, rel=2e-3, abs=0.05)
 
 

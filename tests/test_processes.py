@@ -21,7 +21,6 @@ from common import RANK
 
 # the first that is registered runs last: by then the processes must have parted
 atexit.register(lambda: torch.distributed.is_initialized() and os._exit(1))
-training.AGREE_STEPS = 4
 common.save_curves = lambda *_: None
 folder = sys.argv[1]
 helpers.SHARED["data_dir"] = f"{folder}/pictures"
@@ -181,3 +180,6 @@ def test_auto_takes_the_fastest_device_that_there_is(cuda, mps, chosen, monkeypa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert common.choose_device("auto") == torch.device(chosen)
+    monkeypatch.setattr(common, "PROCESSES", 2)  # which cannot talk to each other on mps
+    several = {"cuda": "cuda:0", "mps": "cpu", "cpu": "cpu"}[chosen]
+    assert common.choose_device("auto") == torch.device(several)
