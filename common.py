@@ -872,6 +872,9 @@ def save_curves(history, panels, title, path):
             drawn += y
         if drawn and 0 < 20 * min(drawn) < max(drawn):
             axes.set_yscale("log")
+            axes.yaxis.get_major_locator().set_params(subs=(1, 2, 5))
+            axes.yaxis.set_major_formatter("{x:g}")  # matplotlib's own would be in TeX
+            axes.yaxis.set_minor_formatter("")
         axes.set(xlabel=unit, ylabel=label, xlim=(0, history[-1][unit] + 0.5))
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
         axes.grid(alpha=0.3)

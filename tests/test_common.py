@@ -601,3 +601,16 @@ def test_the_comparison_of_contents_sees_a_difference():
     ]
     found = [differences(one, other)[0].partition(":")[0] for other in others]
     assert found == ["contents.a[0]", "contents.a", "contents", "contents.b.c[1]"]
+
+
+def test_the_ticks_of_a_logarithmic_axis_are_plain_numbers(monkeypatch):
+    figures = []
+    monkeypatch.setattr(common, "write", lambda path, figure: figures.append(figure))
+    history = [{"epoch": 1, "loss": 6.0}, {"epoch": 2, "loss": 0.2}]
+    common.save_curves(history, {"loss (nats)": ["loss"]}, "two epochs", "curves.png")
+    (axes,) = figures[0].axes
+    figures[0].canvas.draw()
+    assert axes.get_yscale() == "log"
+    shown = [label.get_text() for label in axes.get_yticklabels(which="both")]
+    assert {"0.5", "1", "2", "5"} <= set(shown)
+    assert "".join(shown).replace(".", "").isdigit()
