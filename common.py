@@ -280,7 +280,8 @@ def newest_weights(part=None):
     """
     copy = Path("shipped_VAE/weights_main_vae.pt")
     files = {*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")} - {copy}
-    for path in sorted(sorted(files), key=os.path.getmtime, reverse=True):
+    files = sorted(files)  # of equally new ones always the same is taken
+    for path in sorted(files, key=os.path.getmtime, reverse=True):
         try:
             load_weights(path, None, part or "model_kwargs")
             return str(path)

@@ -348,9 +348,9 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
 
 def in_words(row):
     """Such as: plane, 21.0% of the variance: 10 nearest neighbours right 33.5%."""
-    space, share, *accuracies = row.items()
+    (_, space), (_, share), *accuracies = row.items()
     right = ", ".join(f"{column} {value:.1%}" for column, value in accuracies)
-    return f"{space[1]}, {share[1]:.1%} of the variance" + (f": {right}" if right else "")
+    return f"{space}, {share:.1%} of the variance" + (f": {right}" if right else "")
 
 
 def main(source_kwargs, plane_kwargs):
