@@ -1,23 +1,30 @@
 """Can a VAE tell what it was not trained on? Six scores of single images are judged.
 
-paper:  An and Cho 2015, Variational Autoencoder based Anomaly Detection using Reconstruction
-        Probability, Special Lecture on IE, Seoul National University (their probability is
-        E log p(x|z); the negative ELBO is the KL minus it)
-        Davis and Goadrich 2006, The Relationship Between Precision-Recall and ROC Curves, ICML
-        (why points of a precision-recall curve are not joined by straight lines)
-        Sun et al. 2022, Out-of-Distribution Detection with Deep Nearest Neighbors,
-        https://arxiv.org/abs/2204.06507 (they too leave out the length of a feature vector, and
-        take the distance to the k-th nearest training image in a classifier's features)
+paper:  An and Cho 2015, Variational Autoencoder based Anomaly
+        Detection using Reconstruction Probability, Special
+        Lecture on IE, Seoul National University (their
+        probability is E log p(x|z); the negative ELBO is the KL
+        minus it)
+        Davis and Goadrich 2006, The Relationship Between
+        Precision-Recall and ROC Curves, ICML (why points of a
+        precision-recall curve are not joined by straight lines)
+        Sun et al. 2022, Out-of-Distribution Detection with Deep
+        Nearest Neighbors, https://arxiv.org/abs/2204.06507
+        (they too leave out the length of a feature vector, and
+        take the distance to the k-th nearest training image in a
+        classifier's features)
 run:    python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4
         (train first; that digit is then one of the anomalies)
         python detect_vae_anomalies.py      (takes the newest weights with an encoder)
-writes: beside the weights: reconstruction_error_distribution.png, anomalies_at_threshold.png,
-        anomaly_detection.csv
-expect: MNIST, ten models, each trained for 10 epochs without one digit; mean
-        AUROC of that digit: with 32 latents reconstruction 0.705, latent
-        distance 0.923, feature distance 0.953; with 2 latents reconstruction
-        0.773, latent distance 0.457; pixel distance, which needs no network,
-        0.852; a minute a model on one core of an AMD EPYC
+writes: beside the weights: reconstruction_error_distribution.png,
+        anomalies_at_threshold.png, anomaly_detection.csv
+expect: MNIST, ten models, each trained for 10 epochs without
+        one digit; mean AUROC of that digit: with 32 latents
+        reconstruction 0.705, latent distance 0.923, feature
+        distance 0.953; with 2 latents reconstruction 0.773,
+        latent distance 0.457; pixel distance, which needs no
+        network, 0.852; a minute a model on one core of an
+        AMD EPYC
 """
 
 import math
@@ -33,19 +40,19 @@ from torch.nn import functional as F
 import common
 
 source_kwargs = {
-    "weights_path": "",  # a weights file of main_vae or main_ae; empty: the newest in a folder here
+    "weights_path": "",  # of main_vae or main_ae; empty: the newest in a folder here
     "output_dir": "",  # everything is written there; empty: beside the weights
     "data_dir": "",  # where the encoder's images lie; empty: where they lay in training
 }
 detection_kwargs = {
-    "other_data": "auto",  # auto | mnist | fashion_mnist | cifar10 | digits | none, as anomalies
-    "num_images": 1000,  # anomalies of each kind; a class that was left out is used whole
+    "other_data": "auto",  # auto | mnist | fashion_mnist | cifar10 | digits | none
+    "num_images": 1000,  # anomalies of each kind; a left-out class is used whole
     "num_train": 60000,  # training images that are searched for the nearest
     "elbo_samples": 8,  # samples of z behind the negative ELBO
     "percentile": 95.0,  # of clean images' scores: what lies above is called an anomaly
     "bootstrap": 1000,  # resamples behind the 95 % intervals
     "seed": 0,  # of noise, splits and resamples
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
 }
 
 NEIGHBOURS = 10  # nearest training images over which the feature distance is a mean
@@ -62,7 +69,7 @@ def check_settings(settings):
     common.require(0 < settings["percentile"] < 100, inside)
 
 
-# ---------------------------------------------------------------------- anomalies
+# ------------------------------------------------------ anomalies
 
 
 def black_out(x):
@@ -88,7 +95,8 @@ def corrupt(x):
         kinds[f"salt and pepper {share:.0%}"] = torch.where(place < share, salt, x)
     kinds["inverted"] = 1 - x
     kinds["rotated by 90 degrees"] = x.rot90(1, (2, 3))
-    # order 1 interpolates linearly, and "nearest" repeats the last pixel beyond the edge
+    # order 1 interpolates linearly, and "nearest"
+    # repeats the last pixel beyond the edge
     pixels = x.numpy()
     turned = ndimage.rotate(pixels, 30, axes=(2, 3), reshape=False, order=1, mode="nearest")
     kinds["rotated by 30 degrees"] = torch.from_numpy(turned)
@@ -121,14 +129,15 @@ def load_others(kind, train, num_images):
     return {f"{kind} instead": others.pixels[:num_images] / 255}
 
 
-# ------------------------------------------------------------------------- scores
+# --------------------------------------------------------- scores
 
 
 def reconstruction_error(output, x):
     """-log p(x|z) up to a constant, summed over the pixels of each image x (N, C, H, W): (N,).
 
-    Grey, x in [0, 1]: each pixel is a coin, and output its logits. Colour, x in [-1, 1]: squared
-    error, which is for a Gaussian of variance 1/2. output may be flat.
+    Grey, x in [0, 1]: each pixel is a coin, and output
+    its logits. Colour, x in [-1, 1]: squared error, which
+    is for a Gaussian of variance 1/2. output may be flat.
     """
     output = output.view_as(x)
     if x.shape[1] == 1:
@@ -141,15 +150,19 @@ def reconstruction_error(output, x):
 class AnomalyScorer:
     """The encoder and decoder of a weights file give each image six scores.
 
-    A higher score is meant to mark a stranger image. The reconstruction is from z = mu, so that
-    there is no noise in its error. Two scores are distances to the nearest training image: between
-    codes mu, and between pixels, for which no network is needed. The feature distance compares
-    directions in the encoder's last hidden layer with those of the ten nearest. Lengths are left
-    out: they grow with the ink, and so do distances, so that a thin 1 would be close to many
-    images. An autoencoder, which has no KL, gives four scores.
+    A higher score is meant to mark a stranger image. The
+    reconstruction is from z = mu, so that there is no noise in
+    its error. Two scores are distances to the nearest training
+    image: between codes mu, and between pixels, for which no
+    network is needed. The feature distance compares directions in
+    the encoder's last hidden layer with those of the ten nearest.
+    Lengths are left out: they grow with the ink, and so do
+    distances, so that a thin 1 would be close to many images. An
+    autoencoder, which has no KL, gives four scores.
 
-    A score of your own is a line in `score`; what it needs of the training images is kept in
-    __init__. Threshold and table follow by themselves.
+    A score of your own is a line in `score`; what it
+    needs of the training images is kept in __init__.
+    Threshold and table follow by themselves.
     """
 
     @torch.inference_mode()
@@ -242,20 +255,24 @@ class Group:
         return np.median(self.scores["reconstruction"])
 
 
-# ----------------------------------------------------------------------- judgment
+# ------------------------------------------------------- judgment
 
 
 def measure(clean, anomalous, threshold):
     """How well scores tell clean (N,) from anomalous (M,): {measure: value}.
 
-    AUROC is the probability that an anomaly scores higher than a clean image, where a tie counts
-    half. AUPRC is average precision: the score of each anomaly is taken as a threshold in turn.
-    Its precision is the share of anomalies among all images that score at least as high, and
-    the mean of these precisions is taken. The last two measures are the shares of clean and of
-    anomalous images that score above the given threshold.
+    AUROC is the probability that an anomaly scores higher
+    than a clean image, where a tie counts half. AUPRC is
+    average precision: the score of each anomaly is taken as a
+    threshold in turn. Its precision is the share of anomalies
+    among all images that score at least as high, and the mean
+    of these precisions is taken. The last two measures are
+    the shares of clean and of anomalous images that score
+    above the given threshold.
     """
     clean, anomalous = np.sort(clean), np.sort(anomalous)
-    # for each anomaly: how many clean images score lower, and how many not higher
+    # for each anomaly: how many clean images
+    # score lower, and how many not higher
     lower = np.searchsorted(clean, anomalous, "left")
     not_higher = np.searchsorted(clean, anomalous, "right")
     # how many score at least as high
@@ -272,9 +289,10 @@ def measure(clean, anomalous, threshold):
 def judge(clean, anomalous, threshold, resamples, random):
     """The measures and their 95 % intervals: {"AUROC": value, "AUROC low": ..., ...}.
 
-    The intervals are by the bootstrap: a resample draws as many scores as there are, with
-    replacement, from the clean ones and from the anomalous ones. An interval holds the middle
-    95 % of what is measured on the resamples.
+    The intervals are by the bootstrap: a resample draws as many
+    scores as there are, with replacement, from the clean ones and
+    from the anomalous ones. An interval holds the middle 95 % of
+    what is measured on the resamples.
     """
     resampled = []
     for _ in range(resamples):
@@ -291,7 +309,7 @@ def judge(clean, anomalous, threshold, resamples, random):
     return result
 
 
-# ----------------------------------------------------------------------- pictures
+# ------------------------------------------------------- pictures
 
 
 def save_histograms(clean, groups, threshold, title, folder):
@@ -357,15 +375,16 @@ def save_borderline(groups, scorer, threshold, folder):
     common.write(folder / "anomalies_at_threshold.png", figure)
 
 
-# ----------------------------------------------------------------------- together
+# ------------------------------------------------------- together
 
 
 def choose_images(scorer, other_data, num_images):
     """Test images in [0, 1]: (held out, to be judged, {kind of anomaly: images}).
 
-    The clean ones are cut in three, so that no image sets the threshold on which it is judged,
-    nor meets a distorted copy of itself. If a class was left out of training, it is the first
-    kind of anomaly.
+    The clean ones are cut in three, so that no image sets the
+    threshold on which it is judged, nor meets a distorted
+    copy of itself. If a class was left out of training, it is
+    the first kind of anomaly.
     """
     _, test = common.load_again(scorer.weights, scorer.train.data_dir, "cpu")
     pixels = test.pixels / 255  # (N, C, H, W)

@@ -1,16 +1,21 @@
 """Frechet Inception Distance (FID) and its relatives: how far samples are from data.
 
 paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500
-        KID: Binkowski et al. 2018, https://arxiv.org/abs/1801.01401
-        precision and recall: Kynkaanniemi et al. 2019, https://arxiv.org/abs/1904.06991
-        resize `clean`: Parmar et al. 2022, https://arxiv.org/abs/2104.11222
+        KID: Binkowski et al. 2018,
+        https://arxiv.org/abs/1801.01401
+        precision and recall: Kynkaanniemi et al. 2019,
+        https://arxiv.org/abs/1904.06991
+        resize `clean`: Parmar et al. 2022,
+        https://arxiv.org/abs/2104.11222
 run:    python fid.py --generated mnist_GAN/weights_epoch_20.pt --features classifier
-writes: scores/: {metric}_of_{generated}.json (with --real: _from_{real}), and .png
-        (generated images above the real images nearest to them);
-        .fid/ beside the data: features of the real images, and the classifier,
-        so that they are computed once
-expect: main_gan on MNIST after 1, 5, 20 epochs: classifier distance 492, 149,
-        70.7 (floor 2.50), N 10,000; 40 s on one core
+writes: scores/: {metric}_of_{generated}.json (with --real:
+        _from_{real}), and .png (generated images above the
+        real images nearest to them); .fid/ beside the data:
+        features of the real images, and the classifier, so
+        that they are computed once
+expect: main_gan on MNIST after 1, 5, 20 epochs:
+        classifier distance 492, 149, 70.7
+        (floor 2.50), N 10,000; 40 s on one core
 """
 
 import hashlib
@@ -33,7 +38,7 @@ import training
 from common import BadInput, require
 
 source_kwargs = {
-    "generated": "",  # .pt of weights, folder, .npz, or mnist:test; "": the newest weights
+    "generated": "",  # weights, a folder, .npz, or mnist:test; "": newest weights
     "real": "",  # the same kinds; "": what the generator was trained on
     "data_dir": "",  # where the data lie; "": as in training, or else data
     "num_images": 10000,  # papers mostly take 50000; fewer give a larger distance
@@ -67,13 +72,14 @@ def check_settings(settings):
     require(0 <= settings["seed"] < 2**32, "seed must be between 0 and 4294967295")
 
 
-# ----------------------------------------------------------------------- distances
+# ------------------------------------------------------ distances
 
 
 def square_root(sigma):
     """A root (d, r) of the covariance sigma (d, d) = root @ root.T, in float64."""
     values, vectors = torch.linalg.eigh(torch.as_tensor(sigma, dtype=torch.float64))
-    # what is no larger than rounding errors (of the largest, which is the last) is no variance
+    # what is no larger than rounding errors (of the
+    # largest, which is the last) is no variance
     rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
     kept = values > rounding
     return vectors[:, kept] * values[kept].sqrt()
@@ -82,8 +88,9 @@ def square_root(sigma):
 def mean_and_root(features):
     """features (n, d) -> mean (d,), and a root (d, r) of the covariance, in float64."""
     mu = features.mean(0, dtype=torch.float64)
-    # features - mu = Q R, where Q drops out of the covariance R^T R / (n - 1).
-    # This is exact also for fewer images than features.
+    # features - mu = Q R, where Q drops out of
+    # the covariance R^T R / (n - 1). This is
+    # exact also for fewer images than features.
     factor = torch.linalg.qr(features - mu, mode="r").R
     return mu, factor.T / math.sqrt(len(features) - 1)
 
@@ -93,10 +100,11 @@ def distance_of_roots(mu1, root1, mu2, root2):
     traces = root1.square().sum() + root2.square().sum()
     apart = (mu1 - mu2).square().sum() + traces
     require(apart.isfinite(), "there are NaN or infinite features: look at the images")
-    # The nonzero eigenvalues of S1 S2 are the squared singular values of
-    # root1^T root2. So the trace of (S1 S2)^(1/2), the sum of their roots, is
-    # the sum of the singular values. No number becomes complex, as it may in a
-    # matrix square root, and small ones keep their digits.
+    # The nonzero eigenvalues of S1 S2 are the squared singular
+    # values of root1^T root2. So the trace of (S1 S2)^(1/2), the
+    # sum of their roots, is the sum of the singular values. No
+    # number becomes complex, as it may in a matrix square root,
+    # and small ones keep their digits.
     overlap = torch.linalg.svdvals(root1.T @ root2).sum()
     return max(0.0, (apart - 2 * overlap).item())
 
@@ -116,9 +124,10 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def kernel_distance(real, fake, blocks=10):
     """KID of features (n, d) and (m, d), and its standard error (NaN from one block).
 
-    It is the unbiased squared MMD for the kernel (x . y / d + 1)^3, eq. (4) of
-    Binkowski et al. It is a mean over blocks that share no image, so that their spread
-    tells the error.
+    It is the unbiased squared MMD for the kernel
+    (x . y / d + 1)^3, eq. (4) of Binkowski et al. It is a
+    mean over blocks that share no image, so that their
+    spread tells the error.
     """
     smaller = min(len(real), len(fake))
     blocks = min(blocks, smaller // 2)
@@ -138,9 +147,10 @@ def kernel_distance(real, fake, blocks=10):
 def share_covered(points, others, k=3):
     """The share of points (m, d) that lie in the manifold of others (n, d).
 
-    The manifold is the union of balls around the others, each of which reaches to the
-    k-th neighbour, eq. (1) of Kynkaanniemi et al. Precision is the share of generated
-    images in the manifold of the real ones, recall the reverse.
+    The manifold is the union of balls around the others, each of
+    which reaches to the k-th neighbour, eq. (1) of Kynkaanniemi
+    et al. Precision is the share of generated images in the
+    manifold of the real ones, recall the reverse.
     """
     nth = min(k + 1, len(others))  # the first is the point itself
     reach = torch.cdist(others, others).kthvalue(nth).values  # (n,)
@@ -153,7 +163,7 @@ def mean_distance(images):
     return F.pdist(images.flatten(1).float()).mean().item()
 
 
-# ------------------------------------------------------------------------- networks
+# ------------------------------------------------------- networks
 
 
 @dataclass
@@ -171,10 +181,12 @@ def resized(images, resize):
     """uint8 (N, C, H, W) -> Inception's input (N, 3, 299, 299) in [-1, 1]."""
     size = 299, 299
     if resize == "legacy":
-        # as pytorch-fid: without antialiasing many pixels of a large image are never looked at
+        # as pytorch-fid: without antialiasing many
+        # pixels of a large image are never looked at
         images = 2 * F.interpolate(images / 255, size, mode="bilinear") - 1
     else:
-        # as clean-fid: Pillow's bicubic on floats, and TensorFlow's (x - 128) / 128
+        # as clean-fid: Pillow's bicubic on
+        # floats, and TensorFlow's (x - 128) / 128
         images = F.interpolate(images.float(), size, mode="bicubic", antialias=True)
         images = (images.clamp(0, 255) - 128) / 128
     return images.expand(-1, 3, -1, -1)
@@ -199,8 +211,9 @@ def load_inception(path):
 
     network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
-    # FID's averages do not count the padding, while torchvision's divide by
-    # nine everywhere; and FID's last block takes the maximum.
+    # FID's averages do not count the padding, while
+    # torchvision's divide by nine everywhere; and
+    # FID's last block takes the maximum.
     average = nn.AvgPool2d(kernel_size=3, stride=1, padding=1, count_include_pad=False)
     for name, block in list(network.named_children()):
         if hasattr(block, "branch_pool"):  # the blocks A, C and E
@@ -311,7 +324,7 @@ def seeded(device):
         training.set_random_state(device, before)
 
 
-# ------------------------------------------------------------------------ measuring
+# ------------------------------------------------------ measuring
 
 
 def fingerprint(tensor):
@@ -352,7 +365,8 @@ def shuffled(count):
 def measure(images, network, count, batch_size):
     """Statistics of `count` of the images, or of all.
 
-    They are taken in a random order, so that the first of them are a fair sample.
+    They are taken in a random order, so that
+    the first of them are a fair sample.
     """
     from tqdm import tqdm
 
@@ -379,7 +393,8 @@ def measure(images, network, count, batch_size):
 def draw(generate, count, data, device):
     """`count` images that generate(index) draws in [-1, 1], as common.Images.
 
-    It may return (images, labels) as well. data: a dict with shape and class_names.
+    It may return (images, labels) as well.
+    data: a dict with shape and class_names.
     """
     pixels, labels = [], []
     order = shuffled(count)
@@ -400,7 +415,8 @@ def draw(generate, count, data, device):
 def compare_classes(real, fake, network, in_pixels):
     """{column: {label: value}} for the classes of which both have two images.
 
-    in_pixels: also how far two images of a class are apart, relative to real ones.
+    in_pixels: also how far two images of a
+    class are apart, relative to real ones.
     """
     distances, asked, diversity = {}, {}, {}
     for label in fake.images.labels.unique().tolist():
@@ -458,11 +474,13 @@ class Scorer:
         scorer = fid.Scorer(train, features="classifier", num_images=10000)
         run.end_epoch(scorer(generate))
 
-    generate(index) draws an image for each entry of index (n,), whose entries are below
-    num_images. It returns images in [-1, 1], (n, C, H, W) or flattened, or also their
-    labels: (images, labels). `name` is the column of the distance of all images.
-    features: inception, classifier, or auto: Inception's if its weights can be had,
-    else the classifier's with a warning. Raises BadInput if neither can be had.
+    generate(index) draws an image for each entry of index (n,),
+    whose entries are below num_images. It returns images in
+    [-1, 1], (n, C, H, W) or flattened, or also their labels:
+    (images, labels). `name` is the column of the distance of all
+    images. features: inception, classifier, or auto: Inception's
+    if its weights can be had, else the classifier's with a
+    warning. Raises BadInput if neither can be had.
     """
 
     @common.first_process_first()  # the others find what it trains or downloads
@@ -485,7 +503,7 @@ class Scorer:
         return columns
 
 
-# ------------------------------------------------------------------ the command line
+# ----------------------------------------------- the command line
 
 
 @dataclass
@@ -537,8 +555,8 @@ def of_statistics(path):
 def of_folder(folder, device):
     """The images below a folder, in colour; sub-folders are classes.
 
-    All are brought to the width of the first; of an image that is not square the middle
-    is taken.
+    All are brought to the width of the first; of an
+    image that is not square the middle is taken.
     """
     from PIL import Image, ImageOps
 
@@ -597,7 +615,7 @@ def open_sources(generated, real, data_dir, num_images, seed, *, device):
     return fakes, open_source(real, data_dir, num_images, seed, fakes.weights, device)
 
 
-# ------------------------------------------------------------------ what is written
+# ------------------------------------------------ what is written
 
 
 def compare_features(real, fake, metric):

@@ -1,36 +1,49 @@
-"""GAN, LSGAN, WGAN-GP or R3GAN on the birds of CUB-200-2011 at 32x32 pixels.
+"""GAN, LSGAN, WGAN-GP or R3GAN on the
+birds of CUB-200-2011 at 32x32 pixels.
 
-paper:  GAN: Goodfellow et al. 2014, https://arxiv.org/abs/1406.2661
-        LSGAN: Mao et al. 2016, https://arxiv.org/abs/1611.04076
-        WGAN-GP and the networks: Gulrajani et al. 2017, https://arxiv.org/abs/1704.00028
-        R3GAN: Huang et al. 2024, https://arxiv.org/abs/2501.05441
-        its pairs: Jolicoeur-Martineau 2018, https://arxiv.org/abs/1807.00734
-        its penalties R1 and R2: Mescheder et al. 2018, https://arxiv.org/abs/1801.04406
-course: CMU 16-824, Visual Learning and Recognition, spring 2022, assignment 3
+paper:  GAN: Goodfellow et al. 2014,
+        https://arxiv.org/abs/1406.2661
+        LSGAN: Mao et al. 2016,
+        https://arxiv.org/abs/1611.04076
+        WGAN-GP and the networks: Gulrajani et al. 2017,
+        https://arxiv.org/abs/1704.00028
+        R3GAN: Huang et al. 2024,
+        https://arxiv.org/abs/2501.05441
+        its pairs: Jolicoeur-Martineau 2018,
+        https://arxiv.org/abs/1807.00734
+        its penalties R1 and R2: Mescheder et al. 2018,
+        https://arxiv.org/abs/1801.04406
+course: CMU 16-824, Visual Learning and Recognition,
+        spring 2022, assignment 3
 run:    python gan_cub.py                       (any key below is an option: --loss lsgan)
         python gan_cub.py --experiment losses   (all four in turn, compared)
         python gan_cub.py --experiment r3gan    (what each half of its loss does)
         torchrun --nproc_per_node=2 gan_cub.py  (two processes, a batch each)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
-writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png, history.csv, fid_vs_iterations.png
-        (the curves and the score; train_loss_curve.png where there is no score),
+writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png,
+        history.csv, fid_vs_iterations.png (the curves and the
+        score; train_loss_curve.png where there is no score),
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every period of sample_every iterations and at
-        Ctrl-C (the same command continues from it),
-        weights_iteration_{I}.pt and weights_best.pt, of the best score (for sampling);
-        an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
-differs from the papers: D sums its last map over the places, as in the course,
-        where Gulrajani et al. take the mean; all losses, so r3gan too, have one
-        pair of networks, so that they can be compared; pictures and weights are
-        of an averaged G, which is steadier
-expect: the default run is for a GPU, and was not made here. Much smaller ones,
-        on 5,430 birds of CUB-200 of 2010 (feature_maps 32, batch_size 32, lr
-        0.0008, 4,500 iterations, seed 0, bfloat16), end at these classifier
-        distances of 2,000 images, less is better: gan 908, lsgan 742, wgan-gp
-        268, r3gan 397; half an hour for the four on one core of an AMD EPYC.
-        r3gan with lr 0.0004 after 16,000 iterations: 236, 41 min. From first to
-        last period the discriminator loss of wgan-gp goes from -3.9 to -2.2,
-        and its penalty from 0.08 to 0.016.
+        checkpoint.pt, after every period of sample_every
+        iterations and at Ctrl-C (the same command continues from
+        it), weights_iteration_{I}.pt and weights_best.pt, of the
+        best score (for sampling); an experiment: such a folder
+        for each setting, {experiment}.png and {experiment}.csv
+differs from the papers: D sums its last map over the places, as
+        in the course, where Gulrajani et al. take the mean; all
+        losses, so r3gan too, have one pair of networks, so that
+        they can be compared; pictures and weights are of an
+        averaged G, which is steadier
+expect: the default run is for a GPU, and was not made here. Much
+        smaller ones, on 5,430 birds of CUB-200 of 2010
+        (feature_maps 32, batch_size 32, lr 0.0008, 4,500
+        iterations, seed 0, bfloat16), end at these classifier
+        distances of 2,000 images, less is better: gan 908, lsgan
+        742, wgan-gp 268, r3gan 397; half an hour for the four on
+        one core of an AMD EPYC. r3gan with lr 0.0004 after 16,000
+        iterations: 236, 41 min. From first to last period the
+        discriminator loss of wgan-gp goes from -3.9 to -2.2, and
+        its penalty from 0.08 to 0.016.
 """
 
 import dataclasses
@@ -50,52 +63,52 @@ model_kwargs = {
     "latent_dim": 128,  # entries of the latent vector z ~ N(0, I); at least 2
     "feature_maps": 128,  # channels of every layer, in both networks
 }
-# Your own images: a folder of them (dataset_type "folder"), or from Python any
-# torch Dataset in the place of "cub": see `main`.
+# Your own images: a folder of them (dataset_type "folder"), or
+# from Python any torch Dataset in the place of "cub": see `main`.
 dataset_kwargs = {
     "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images an iteration, in each process
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
-    "image_size": 32,  # 16 | 32 | 64; pixels a side; of cub the whole photograph, not a crop
-    "jpeg_quality": 0,  # of cub, compressed after resizing (the course: 75); 0 does not compress
-    "horizontal_flip": False,  # mirror half of the training images at random: not for digits
+    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "allow_fallback": True,  # without data: the bundled digits, with a warning
+    "image_size": 32,  # 16 | 32 | 64 pixels a side; of cub the whole photograph
+    "jpeg_quality": 0,  # of cub, after resizing (the course: 75); 0: none
+    "horizontal_flip": False,  # mirror training images at random: not for digits
 }
 trainer_kwargs = {
-    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan; best by eye: r3gan with --lr 0.0004
+    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan (best, with --lr 0.0004)
     "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
-    "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: what suits the loss
+    "d_steps": 0,  # steps of D for one of G; 0: what suits the loss
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
-    "penalty_weight": -1.0,  # of the penalty on D's slope at images; 0: none; -1: the loss's own
-    "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
-    "precision": "auto",  # auto | float32 | bfloat16; auto is bfloat16 where that is fast
-    "score_features": "auto",  # inception (the FID) | classifier | auto: the first if it can be had
-    "score_images": 10000,  # generated images that a score is taken of; 0 leaves the scores out
+    "penalty_weight": -1.0,  # of the penalty on D's slope; 0: none; -1: the loss's own
+    "ema_decay": 0.999,  # shown, saved and scored is the averaged G; 0: no average
+    "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
+    "score_features": "auto",  # inception (the FID) | classifier | auto: the first, if there
+    "score_images": 10000,  # generated images of a score; 0 leaves the scores out
     "output_dir": "cub_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
-    "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores: right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
-    "sample_every": 1000,  # iterations between scores, pictures, weights and checkpoints
+    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
+    "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
+    "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "sample_every": 1000,  # iterations between scores, pictures and weights
 }
 experiment_kwargs = {
-    "experiment": "none",  # none | losses | r3gan; trains several settings in turn and compares
+    "experiment": "none",  # none | losses | r3gan: trains several and compares
 }
-# What suits each loss: the course's settings; for r3gan one step of each
-# network, as in Huang et al., and a weight that suits the birds. The weight
-# is lambda in wgan-gp; in every other loss it is gamma, of R1 and R2 (see
-# zero_centred_penalty).
+# What suits each loss: the course's settings; for r3gan one step
+# of each network, as in Huang et al., and a weight that suits the
+# birds. The weight is lambda in wgan-gp; in every other loss it
+# is gamma, of R1 and R2 (see zero_centred_penalty).
 LOSS_DEFAULTS = {
     "gan": {"d_steps": 5, "penalty_weight": 0.0},
     "lsgan": {"d_steps": 5, "penalty_weight": 0.0},
     "wgan-gp": {"d_steps": 5, "penalty_weight": 10.0},
     "r3gan": {"d_steps": 1, "penalty_weight": 1.0},
 }
-# The settings of each experiment, by the names of their folders; everything
-# else is as in the dicts or on the command line.
+# The settings of each experiment, by the names of their folders;
+# everything else is as in the dicts or on the command line.
 EXPERIMENTS = {
     "losses": {
         "gan": {"loss": "gan"},
@@ -112,7 +125,9 @@ EXPERIMENTS = {
 
 
 def suit_loss(loss, d_steps, penalty_weight):
-    """(d_steps, penalty_weight) as given, or, where they are 0 and -1, what suits the loss."""
+    """(d_steps, penalty_weight) as given, or,
+    where they are 0 and -1, what suits the loss.
+    """
     suitable = LOSS_DEFAULTS[loss]
     if d_steps == 0:
         d_steps = suitable["d_steps"]
@@ -122,17 +137,17 @@ def suit_loss(loss, d_steps, penalty_weight):
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work. settings: {key: value}.
+    """Refuse impossible values in one line, before any work.
 
-    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
-    and training.Run check. Each refusal is a common.BadInput, which ends the
-    script with exit status 2.
+    settings: {key: value}. What is not checked here of
+    dataset_kwargs and run_kwargs, common.load_data and
+    training.Run check. A common.BadInput ends with exit status 2.
 
-    A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
-    the parameters of Trainer.__init__ too, and to both places where networks
-    are built: there, and where weights are loaded. Checkpoints that were made
-    without it are then refused.
+    A key of your own goes into trainer_kwargs and the parameters
+    of Trainer.__init__. One that shapes the networks goes into
+    model_kwargs, those parameters too, and both places where
+    networks are built: there, and where weights are loaded.
+    Checkpoints that were made without it are then refused.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -163,7 +178,9 @@ def check_settings(settings):
 
 
 class ResBlockUp(nn.Module):
-    """The generator's block: (N, channels, H, W) -> (N, channels, 2H, 2W)."""
+    """The generator's block:
+    (N, channels, H, W) -> (N, channels, 2H, 2W).
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -177,8 +194,8 @@ class ResBlockUp(nn.Module):
             nn.Upsample(scale_factor=2, mode="nearest"),  # (N, channels, 2H, 2W)
             nn.Conv2d(channels, channels, kernel_size=3, padding=1),
         )
-        # A 1x1 convolution before the upsampling gives the same at a quarter
-        # of the cost.
+        # A 1x1 convolution before the upsampling
+        # gives the same at a quarter of the cost.
         self.shortcut = nn.Sequential(
             nn.Conv2d(channels, channels, kernel_size=1),
             nn.Upsample(scale_factor=2, mode="nearest"),  # (N, channels, 2H, 2W)
@@ -189,7 +206,9 @@ class ResBlockUp(nn.Module):
 
 
 class FirstResBlock(nn.Module):
-    """The discriminator's first block: images (N, C, H, W) -> (N, channels, H/2, W/2)."""
+    """The discriminator's first block:
+    images (N, C, H, W) -> (N, channels, H/2, W/2).
+    """
 
     def __init__(self, image_channels, channels):
         super().__init__()
@@ -210,7 +229,9 @@ class FirstResBlock(nn.Module):
 
 
 class ResBlockDown(nn.Module):
-    """A block of the discriminator: (N, channels, H, W) -> (N, channels, H/2, W/2)."""
+    """A block of the discriminator:
+    (N, channels, H, W) -> (N, channels, H/2, W/2).
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -231,7 +252,9 @@ class ResBlockDown(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """A block of the discriminator that keeps the size: (N, channels, H, W) -> the same."""
+    """A block of the discriminator that keeps the size:
+    (N, channels, H, W) -> the same.
+    """
 
     def __init__(self, channels):
         super().__init__()
@@ -270,10 +293,11 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, C, H, W) in [-1, 1] -> logit (N,) float32, high for real ones.
+    """Images (N, C, H, W) in [-1, 1] ->
+    logit (N,) float32, high for real ones.
 
-    There is no batch norm: the penalty is on the gradient of one image's
-    logit, which must not depend on the other images.
+    There is no batch norm: the penalty is on the gradient of one
+    image's logit, which must not depend on the other images.
     """
 
     def __init__(self, feature_maps, image_channels, image_size):
@@ -287,17 +311,20 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(feature_maps, 1)
 
     def forward(self, x):
-        # the sum of 64 places is in float32; the linear layer may be in bfloat16 again
+        # the sum of 64 places is in float32; the
+        # linear layer may be in bfloat16 again
         features = self.blocks(x).float().sum(dim=(2, 3))  # (N, 128)
         return self.linear(features).squeeze(1).float()
 
 
 def gan_discriminator_loss(real_logits, fake_logits):
-    """-log D(x) - log(1 - D(G(z))), D the sigmoid of the logit; Goodfellow et al., eq. (1).
+    """-log D(x) - log(1 - D(G(z))), D the sigmoid of the logit;
+    Goodfellow et al., eq. (1).
 
-    Both halves are means over the batch, here and below. At D = 1/2 it is 2
-    log 2 = 1.386. torch computes it from the logit, since the log of a
-    sigmoid that has rounded to 0 is infinite.
+    Both halves are means over the batch, here and below. At
+    D = 1/2 it is 2 log 2 = 1.386. torch computes it from the
+    logit, since the log of a sigmoid that has rounded to 0
+    is infinite.
     """
     real_targets, fake_targets = torch.ones_like(real_logits), torch.zeros_like(fake_logits)
     real_loss = F.binary_cross_entropy_with_logits(real_logits, real_targets)
@@ -306,16 +333,18 @@ def gan_discriminator_loss(real_logits, fake_logits):
 
 
 def gan_generator_loss(fake_logits):
-    """Non-saturating loss -log D(G(z)): Goodfellow et al., end of section 3.
+    """Non-saturating loss -log D(G(z)):
+    Goodfellow et al., end of section 3.
 
-    Its gradient stays large where D rejects the images; that of the minimax
-    form, log(1 - D(G(z))), goes to 0 there.
+    Its gradient stays large where D rejects the images; that
+    of the minimax form, log(1 - D(G(z))), goes to 0 there.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def lsgan_discriminator_loss(real_logits, fake_logits):
-    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit; Mao et al., eq. (2) with a = 0, b = 1.
+    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit;
+    Mao et al., eq. (2) with a = 0, b = 1.
 
     It is 1/4 if D is 1/2 everywhere, and so cannot tell the two apart.
     """
@@ -325,15 +354,19 @@ def lsgan_discriminator_loss(real_logits, fake_logits):
 
 
 def lsgan_generator_loss(fake_logits):
-    """(D(G(z)) - 1)^2 / 2, D the logit; Mao et al., eq. (2) with c = 1."""
+    """(D(G(z)) - 1)^2 / 2, D the logit;
+    Mao et al., eq. (2) with c = 1.
+    """
     return 0.5 * F.mse_loss(fake_logits, torch.ones_like(fake_logits))
 
 
 def wgan_discriminator_loss(real_logits, fake_logits):
-    """D(G(z)) - D(x), D the logit; Gulrajani et al., eq. (3), to which the penalty is added.
+    """D(G(z)) - D(x), D the logit;
+    Gulrajani et al., eq. (3), to which the penalty is added.
 
-    Only the difference counts, so that the level of the logits may drift. The
-    loss is negative, and comes nearer to 0 as G improves.
+    Only the difference counts, so that the level
+    of the logits may drift. The loss is negative,
+    and comes nearer to 0 as G improves.
     """
     return fake_logits.mean() - real_logits.mean()
 
@@ -346,9 +379,10 @@ def wgan_generator_loss(fake_logits):
 def r3gan_discriminator_loss(real_logits, fake_logits):
     """softplus(D(G(z)) - D(x)), D the logit; Huang et al., eq. (2).
 
-    D need not say how real an image is, only which one of a pair is: the
-    i-th real and the i-th generated image. softplus(t) = log(1 + e^t), mean
-    over the pairs: log 2 = 0.693 where D cannot tell.
+    D need not say how real an image is, only which one of a
+    pair is: the i-th real and the i-th generated image.
+    softplus(t) = log(1 + e^t), mean over the pairs:
+    log 2 = 0.693 where D cannot tell.
     """
     return F.softplus(fake_logits - real_logits).mean()
 
@@ -356,17 +390,18 @@ def r3gan_discriminator_loss(real_logits, fake_logits):
 def r3gan_generator_loss(real_logits, fake_logits):
     """softplus(D(x) - D(G(z))): the same pairs, told the other way round.
 
-    It is the non-saturating form of Huang et al., eq. (2): not D's loss with
-    its sign changed. Mean over the pairs.
+    It is the non-saturating form of Huang et al., eq. (2):
+    not D's loss with its sign changed. Mean over the pairs.
     """
     return F.softplus(real_logits - fake_logits).mean()
 
 
-# The key "loss" chooses a line here. To add a loss, write its two functions
-# above, its line below and one in LOSS_DEFAULTS, and name it in the comment of
-# the key. A penalty_weight above 0 adds R1 and R2 to every loss but wgan-gp.
-# For another penalty follow "wgan-gp" in discriminator_step, and for a loss
-# of G that takes the real logits too, "r3gan" in generator_step.
+# The key "loss" chooses a line here. To add a loss, write its two
+# functions above, its line below and one in LOSS_DEFAULTS, and
+# name it in the comment of the key. A penalty_weight above 0 adds
+# R1 and R2 to every loss but wgan-gp. For another penalty follow
+# "wgan-gp" in discriminator_step, and for a loss of G that takes
+# the real logits too, "r3gan" in generator_step.
 LOSSES = {
     "gan": (gan_discriminator_loss, gan_generator_loss),
     "lsgan": (lsgan_discriminator_loss, lsgan_generator_loss),
@@ -376,17 +411,18 @@ LOSSES = {
 
 
 def gradient_penalty(critic, real, fake, epsilon):
-    """(|gradient of the critic at epsilon x + (1 - epsilon) G(z)| - 1)^2, mean over the batch.
+    """(|gradient of the critic at epsilon x +
+    (1 - epsilon) G(z)| - 1)^2, mean over the batch.
 
-    Gulrajani et al., eq. (3); the norm is over C, H and W. It holds the slope
-    of the critic, as a WGAN's D is called, near 1: without a bound on it the
-    critic could lower its loss for ever. real, fake (N, C, H, W); epsilon (N,
-    1, 1, 1) in [0, 1).
+    Gulrajani et al., eq. (3); the norm is over C, H and W. It
+    holds the slope of the critic, as a WGAN's D is called, near
+    1: without a bound on it the critic could lower its loss for
+    ever. real, fake (N, C, H, W); epsilon (N, 1, 1, 1) in [0, 1).
     """
     mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
     mixed = mixed.detach().requires_grad_()
-    # The gradient of the sum holds, for each image, the gradient of its own
-    # logit.
+    # The gradient of the sum holds, for each
+    # image, the gradient of its own logit.
     total = critic(mixed).sum()
     (gradient,) = torch.autograd.grad(total, mixed, create_graph=True)  # (N, C, H, W)
     norms = gradient.flatten(1).norm(dim=1)  # (N,)
@@ -394,15 +430,17 @@ def gradient_penalty(critic, real, fake, epsilon):
 
 
 def zero_centred_penalty(images, logits):
-    """|gradient of D|^2, mean over real and generated images together: (R1 + R2) / gamma.
+    """|gradient of D|^2, mean over real and
+    generated images together: (R1 + R2) / gamma.
 
-    Mescheder et al., eqs. (9) and (10): R1 is gamma / 2 times the mean of
-    |gradient|^2 over the N real images, R2 the same over the N generated ones.
-    So R1 + R2 is gamma, our penalty_weight, times the mean over all 2N, which
-    is returned. Unlike that of wgan-gp, this penalty draws the slope to 0: a
-    constant D has the least loss once G is perfect, and training can come to
-    rest. images (2N, C, H, W), halves of one size, which require a gradient;
-    logits (2N,) are D's of them.
+    Mescheder et al., eqs. (9) and (10): R1 is gamma / 2 times the
+    mean of |gradient|^2 over the N real images, R2 the same over
+    the N generated ones. So R1 + R2 is gamma, our penalty_weight,
+    times the mean over all 2N, which is returned. Unlike that of
+    wgan-gp, this penalty draws the slope to 0: a constant D has
+    the least loss once G is perfect, and training can come to
+    rest. images (2N, C, H, W), halves of one size, which require
+    a gradient; logits (2N,) are D's of them.
     """
     # As above, an image's gradient is that of its own logit.
     total = logits.sum()
@@ -411,51 +449,62 @@ def zero_centred_penalty(images, logits):
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    """Mean Euclidean distance between any two of the images (N, ...):
+    0 when all are alike.
+    """
     # on the CPU, since not every device has pdist
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
 def make_networks(latent_dim, feature_maps, image_shape, device):
-    """(generator, its average, discriminator) for images of shape (C, H, W), on the device.
+    """(generator, its average, discriminator)
+    for images of shape (C, H, W), on the device.
 
-    They start from torch's own weights, as in the course: uniform, and smaller
-    than 1 / sqrt(inputs of a unit).
+    They start from torch's own weights, as in the course:
+    uniform, and smaller than 1 / sqrt(inputs of a unit).
     """
     image_channels, image_size, _ = image_shape
     generator = Generator(latent_dim, feature_maps, image_channels, image_size)
     ema_generator = Generator(latent_dim, feature_maps, image_channels, image_size)
     ema_generator.load_state_dict(generator.state_dict())
-    # .eval(): batch norm takes its running statistics, averaged as the weights
-    # are, so that no picture depends on the others of its batch
+    # .eval(): batch norm takes its running
+    # statistics, averaged as the weights are, so that
+    # no picture depends on the others of its batch
     ema_generator.requires_grad_(False).eval()
     discriminator = Discriminator(feature_maps, image_channels, image_size)
     networks = [generator, ema_generator, discriminator]
-    # In memory the channels of a pixel lie side by side: convolutions are
-    # faster so.
+    # In memory the channels of a pixel lie
+    # side by side: convolutions are faster so.
     return [network.to(device, memory_format=torch.channels_last) for network in networks]
 
 
 def make_adam(network, lr):
-    """Adam with the betas of Gulrajani et al., algorithm 1: no momentum. lr: a tensor."""
+    """Adam with the betas of Gulrajani et al., algorithm 1:
+    no momentum. lr: a tensor.
+    """
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.0, 0.9), fused=True)
 
 
 def steps_taken(optimizer):
-    """How many steps an Adam has taken, by its own counter: a tensor on the device."""
+    """How many steps an Adam has taken, by its own counter:
+    a tensor on the device.
+    """
     first_parameter = optimizer.param_groups[0]["params"][0]
     return optimizer.state[first_parameter]["step"]
 
 
 def make_scorer(train, score_features, score_images):
-    """What measures how far generated images are from `train`. None: no scores.
+    """What measures how far generated images are from `train`.
+    None: no scores.
 
-    A network that was trained to classify turns each image into a vector, its
-    features. The mean and covariance of those of all images of `train` and of
-    score_images generated ones are compared: that is the Frechet distance, and
-    less is better. With Inception as this network it is the FID; with a small
-    classifier that is trained on `train` it is the "classifier distance", which
-    compares only with others by the same classifier. See fid.py.
+    A network that was trained to classify turns each image into
+    a vector, its features. The mean and covariance of those of
+    all images of `train` and of score_images generated ones are
+    compared: that is the Frechet distance, and less is better.
+    With Inception as this network it is the FID; with a small
+    classifier that is trained on `train` it is the "classifier
+    distance", which compares only with others by the same
+    classifier. See fid.py.
     """
     if score_images == 0:
         return None
@@ -469,7 +518,9 @@ def make_scorer(train, score_features, score_images):
 
 
 def refuse_other_score(history, scorer):
-    """A run goes on only with the score that it began with: other distances mean other things."""
+    """A run goes on only with the score that it began with:
+    other distances mean other things.
+    """
     if scorer:
         scored_alike = all(scorer.name in row for row in history)
         message = f"the run was not scored by the {scorer.name} so far; give another --output_dir"
@@ -479,29 +530,37 @@ def refuse_other_score(history, scorer):
 class Trainer:
     """The networks, their optimisers, and the training loop.
 
-    An iteration is one step of D. One call of `step` is d_steps iterations and
-    one step of G. A period is sample_every iterations, and is what run calls an
-    epoch.
+    An iteration is one step of D. One call of `step` is
+    d_steps iterations and one step of G. A period is
+    sample_every iterations, and is what run calls an epoch.
 
-    run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on from there.
-    run.batches gives the batches of a period: the images come in an order that
-    depends on the seed alone, a new one at each pass. run.train_step calls
-    `step` and keeps the scalars that it returns, run.end_epoch adds a row of
-    their means to the history and returns all rows, and run.save_weights writes
-    what sampling needs. After each turn of the loop over periods run.epochs
-    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; a run that is killed loses the
-    period under way. A loss that is no longer finite ends the run.
+    run: a training.Run. What `fit` uses of it:
+    - run.epochs restores networks, optimisers, history and
+      random numbers from checkpoint.pt, if there is one, and
+      goes on from there. After each turn of the loop it writes
+      checkpoint.pt, history.csv and run.html.
+    - run.batches gives the batches of a period. The images come
+      in an order that depends on the seed alone, a new one at
+      each pass.
+    - run.train_step calls `step` and keeps its scalars.
+    - run.end_epoch adds a row to the history, their means, and
+      returns all rows.
+    - run.save_weights writes what sampling needs.
 
-    Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since `step` averages
-    the gradients, and run the running statistics of batch norm. All of them
-    draw, but only the first one writes and prints.
+    At Ctrl-C the step under way is finished and checkpoint.pt is
+    written; a run that is killed loses the period under way. A
+    loss that is no longer finite ends the run.
 
-    train: a common.Images, which lies on the device as a whole: train.pixels
-    (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
-    of index (N,) as floats in [-1, 1], and their labels.
+    Under torchrun each process trains on images of its own with
+    noise of its own. All begin with equal networks, which stay
+    equal, since `step` averages the gradients, and run the
+    running statistics of batch norm. All of them draw, but only
+    the first one writes and prints.
+
+    train: a common.Images, which lies on the device as a whole:
+    train.pixels (M, C, H, W) are all its images as uint8, and
+    train.batch(index) gives those of index (N,) as floats in
+    [-1, 1], and their labels.
     """
 
     def __init__(
@@ -534,30 +593,36 @@ class Trainer:
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
-        # A tensor, since a recorded step (see `step`) would not notice a new number.
-        # Both optimisers share it, and run.epochs leaves it so in a continued run.
+        # A tensor, since a recorded step (see `step`) would
+        # not notice a new number. Both optimisers share it,
+        # and run.epochs leaves it so in a continued run.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
-        # for all pictures, so that they can be compared; drawn on the CPU, so
-        # that it does not depend on the device
+        # for all pictures, so that they can be compared; drawn
+        # on the CPU, so that it does not depend on the device
         self.fixed_z = torch.randn(100, latent_dim).to(train.device)
 
     def autocast(self):
-        """Inside, layers compute in bfloat16 if asked to; weights and losses stay float32."""
+        """Inside, layers compute in bfloat16 if asked to;
+        weights and losses stay float32.
+        """
         # Without a cache of weights in bfloat16, since D changes within a step.
         kind = self.train.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)
 
+    # On an NVIDIA GPU the work of one call of `step` is recorded
+    # (a CUDA graph) and then repeated, with new noise but without
+    # this Python: an `if` keeps to the recorded branch, a number
+    # to its value, and .item() is an error. So keep what changes
+    # in a tensor, as the learning rate is.
     def step(self, real):
-        """d_steps iterations, then one step of G. real (d_steps * N, C, H, W) in [-1, 1].
+        """d_steps iterations, then one step of G.
+        real (d_steps * N, C, H, W) in [-1, 1].
 
-        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
-        then repeated, with new noise but without this Python: an `if` keeps to
-        the recorded branch, a number to its value, and .item() is an error. So
-        keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor of shape () to the dict that is
-        returned here or by discriminator_step; for a curve also to `panels` in
+        For another column in history.csv add a tensor of shape ()
+        to the dict that is returned here or by
+        discriminator_step; for a curve also to `panels` in
         draw_curves.
         """
         rows = []
@@ -579,7 +644,9 @@ class Trainer:
         return values
 
     def discriminator_step(self, real):
-        """One step of D on real (N, C, H, W) in [-1, 1]: an iteration. Returns scalars."""
+        """One step of D on real (N, C, H, W) in [-1, 1]:
+        an iteration. Returns scalars.
+        """
         with torch.no_grad():  # this loss teaches only D
             z = torch.randn(len(real), self.latent_dim, device=real.device)
             fake = self.generator(z)  # (N, C, H, W)
@@ -605,13 +672,15 @@ class Trainer:
         self.discriminator_optimizer.zero_grad()
         # `inputs` leaves out the gradient of the images, here not needed
         loss.backward(inputs=list(self.discriminator.parameters()))
-        # with torchrun: the mean over all processes, a batch each; alone: nothing
+        # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
         return values
 
     def generator_step(self, real):
-        """One step of G on as many images as there are in real (N, C, H, W); returns its loss."""
+        """One step of G on as many images as there
+        are in real (N, C, H, W); returns its loss.
+        """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
         fake_logits = self.discriminator(self.generator(z))  # (N,)
         if self.loss == "r3gan":
@@ -629,10 +698,12 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """ema = decay ema + (1 - decay) G, for weights and for batch norm's statistics.
+        """ema = decay ema + (1 - decay) G, for
+        weights and for batch norm's statistics.
 
-        After t steps of G the decay is (1 + t) / (10 + t), at most ema_decay,
-        so that the first weights are soon forgotten.
+        After t steps of G the decay is (1 + t) / (10 + t), at
+        most ema_decay, so that the first weights are soon
+        forgotten.
         """
         t = steps_taken(self.generator_optimizer)
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
@@ -643,7 +714,9 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1] of the averaged generator."""
+        """z (N, latent_dim) -> images (N, C, H, W)
+        in [-1, 1] of the averaged generator.
+        """
         with self.autocast():
             return self.ema_generator(z)
 
@@ -654,14 +727,15 @@ class Trainer:
     def fit(self):
         """Train to num_iterations, in periods of sample_every iterations.
 
-        A checkpoint of other settings is refused; precision, data_dir and the
-        run_kwargs other than seed and sample_every may change. Changed code is
-        not noticed: then give another --output_dir, or --resume false. More
-        iterations than were planned need a new run, too, since the learning
-        rate falls to 0 over num_iterations.
+        A checkpoint of other settings is refused; precision,
+        data_dir and the run_kwargs other than seed and
+        sample_every may change. Changed code is not noticed: then
+        give another --output_dir, or --resume false. More
+        iterations than were planned need a new run, too, since
+        the learning rate falls to 0 over num_iterations.
 
-        One pass over the images follows another without end, and a period
-        begins where the last one ended.
+        One pass over the images follows another without
+        end, and a period begins where the last one ended.
         """
         run = self.run
         state = {
@@ -674,8 +748,8 @@ class Trainer:
         periods = self.num_iterations // self.sample_every
         size = self.sample_every
         calls = size // self.d_steps  # of `step` in a period
-        # unit and unit_size are only words: after period p run prints and writes
-        # "iteration" p * size
+        # unit and unit_size are only words: after period
+        # p run prints and writes "iteration" p * size
         for period in run.epochs(
             self.train, state, periods, steps=calls, unit="iteration", unit_size=size
         ):
@@ -690,12 +764,15 @@ class Trainer:
             self.evaluate(period * size)
 
     def evaluate(self, iteration):
-        """This iteration's row of the history, its weights and its pictures."""
+        """This iteration's row of the
+        history, its weights and its pictures.
+        """
         run = self.run
         some = torch.arange(min(100, len(self.train)), device=self.train.device)
         real_distance = mean_distance(self.train.batch(some)[0])
-        # 1: as varied as the data; towards 0: all alike (mode collapse); above 1:
-        # noise. For another column, measured once a period, add it to this dict.
+        # 1: as varied as the data; towards 0: all alike
+        # (mode collapse); above 1: noise. For another column,
+        # measured once a period, add it to this dict.
         measured = {"diversity": mean_distance(self.sample(self.fixed_z)) / real_distance}
         if self.scorer:
             measured |= self.scorer(self.generate)  # {name of the distance: value}
@@ -709,7 +786,9 @@ class Trainer:
         self.draw_curves(history)
 
     def draw(self, name):
-        """Write a hundred samples, and the first of them with its first two latents swept."""
+        """Write a hundred samples, and the first
+        of them with its first two latents swept.
+        """
         samples = self.sample(self.fixed_z)
         common.save_grid(samples, self.folder / f"samples_{name}.png", columns=10)
         values = torch.linspace(-1, 1, 10, device=self.train.device)
@@ -720,7 +799,9 @@ class Trainer:
         common.save_grid(samples, self.folder / f"interpolations_{name}.png", columns=10)
 
     def draw_curves(self, history):
-        """Write the history so far, a list of rows {column: value}, as curves."""
+        """Write the history so far, a list
+        of rows {column: value}, as curves.
+        """
         panels = {
             "loss": ["discriminator loss", "generator loss"],
             "mean logit": ["real logit", "fake logit"],
@@ -736,10 +817,11 @@ class Trainer:
 
 
 def load_generator(weights_path):
-    """The generator of a weights_iteration_{I}.pt or weights_best.pt. Raises common.BadInput.
+    """The generator of a weights_iteration_{I}.pt or weights_best.pt.
+    Raises common.BadInput.
 
-    To sample: load_generator(path)(torch.randn(16, 128)) gives (16, 3, 32,
-    32) in [-1, 1].
+    To sample: load_generator(path)(torch.randn(16, 128))
+    gives (16, 3, 32, 32) in [-1, 1].
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     image_channels, image_size, _ = weights["data"]["shape"]
@@ -752,14 +834,16 @@ def load_generator(weights_path):
 def main(
     model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs=experiment_kwargs
 ):
-    """Train with the given settings; returns the Trainer, or {name: Trainer} of an experiment.
+    """Train with the given settings;
+    returns the Trainer, or {name: Trainer} of an experiment.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
-    or in the dict above. It gives (image, label): a Pillow image or a tensor
-    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
-    image is brought to the network's size and channels, a tenth of them is held
-    out for testing, and `dataset.classes`, if there is such a list, names the
-    labels.
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of
+    your own, here or in the dict above. It gives (image, label):
+    a Pillow image or a tensor (C, H, W), uint8 or floats in
+    [0, 1], of any size, and an int from 0. Every image is
+    brought to the network's size and channels, a tenth of them
+    is held out for testing, and `dataset.classes`, if there is
+    such a list, names the labels.
     """
     check_settings(
         {**model_kwargs, **dataset_kwargs, **trainer_kwargs, **run_kwargs, **experiment_kwargs}
@@ -784,7 +868,8 @@ def main(
 
 
 def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment):
-    """Train each setting in a folder of its own, unless that is done; then compare them.
+    """Train each setting in a folder of its own, unless that is done;
+    then compare them.
 
     Returns {name: Trainer}.
     """
@@ -806,7 +891,9 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment
 
 
 def summary(name, trainer):
-    """A row {column: value} on one setting: its best score, and its last."""
+    """A row {column: value} on one setting:
+    its best score, and its last.
+    """
     history, distance = trainer.run.history, trainer.scorer.name
     refuse_other_score(history, trainer.scorer)
     scores = [row[distance] for row in history]
@@ -821,7 +908,9 @@ def summary(name, trainer):
 
 
 def draw_comparison(trainers, path):
-    """Write the scores of {name: Trainer} as curves, and beside them the last samples of each."""
+    """Write the scores of {name: Trainer} as curves,
+    and beside them the last samples of each.
+    """
     from matplotlib import image
     from matplotlib.figure import Figure
 

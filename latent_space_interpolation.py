@@ -1,17 +1,22 @@
-"""Walks through the latent space of a trained generator or decoder: what lies between two images?
+"""Walks through the latent space of a trained generator or decoder:
+what lies between two images?
 
-paper:  White 2016, Sampling Generative Networks, https://arxiv.org/abs/1609.04468 (why great
-        circles); their formula, slerp, is from Shoemake 1985, Animating Rotation with Quaternion
-        Curves, SIGGRAPH
+paper:  White 2016, Sampling Generative Networks,
+        https://arxiv.org/abs/1609.04468 (why great circles);
+        their formula, slerp, is from Shoemake 1985, Animating
+        Rotation with Quaternion Curves, SIGGRAPH
 run:    python latent_space_interpolation.py        (takes the newest weights in the folders here)
-writes: beside the weights: latent_space_interpolation.png, latent_space_interpolation.csv (how
-        long the walks are, and their largest step), latent_space_walk.gif (a closed walk),
-        latent_space.html (the network itself in a page: open it and drag; it is one file and
-        needs no network connection)
-expect: main_vae on MNIST, 50 epochs: the mean step is 1.27 times a cross-fade's
-        on straight lines, 1.31 on great circles, 1.38 between test images; 5 s
-        on one core of an AMD EPYC; a page of 5.1 MB that draws 630 images a
-        second (main_dcgan: 2.9 MB, 46 a second)
+writes: beside the weights: latent_space_interpolation.png,
+        latent_space_interpolation.csv (how long the walks
+        are, and their largest step), latent_space_walk.gif
+        (a closed walk), latent_space.html (the network itself
+        in a page: open it and drag; it is one file and needs
+        no network connection)
+expect: main_vae on MNIST, 50 epochs: the mean step is 1.27 times
+        a cross-fade's on straight lines, 1.31 on great circles,
+        1.38 between test images; 5 s on one core of an AMD EPYC;
+        a page of 5.1 MB that draws 630 images a second
+        (main_dcgan: 2.9 MB, 46 a second)
 """
 
 import base64
@@ -27,18 +32,18 @@ from torch.nn import functional as F
 import common
 
 source_kwargs = {
-    "weights_path": "",  # a weights file of any script; empty: the newest in a folder here
+    "weights_path": "",  # of any script; empty: the newest in a folder here
     "output_dir": "",  # everything is written there; empty: beside the weights
     "data_dir": "",  # where an encoder's images lie; empty: where they lay in training
 }
 picture_kwargs = {
     "rows": 8,  # walks of each kind
-    "steps": 10,  # images a walk, at least 2; also the images along each side of the sweep
-    "sweep": 1.0,  # standard deviations that two latents go to both sides while the others stay
+    "steps": 10,  # images a walk, at least 2; also a side of the sweep
+    "sweep": 1.0,  # standard deviations that two latents go to both sides
     "stops": 5,  # points that the animation passes, at least 2
     "frames": 12,  # pictures of the animation from one point to the next
     "seed": 0,  # of the points
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
 }
 MOST_BYTES = 8_000_000  # of the page; a larger one takes 11 bits a weight instead of 16, or 8
 
@@ -60,16 +65,21 @@ def lerp(start, end, t):
 
 
 def slerp(start, end, t):
-    """The great circle: (sin((1 - t) w) start + sin(t w) end) / sin w, shapes as in lerp.
+    """The great circle: (sin((1 - t) w) start
+    + sin(t w) end) / sin w, shapes as in lerp.
 
-    w is the angle between start and end. If both have the same norm, so has every point between.
-    In many dimensions D nearly all of N(0, I) lies at sqrt(D) from 0. The middle of a straight
-    line between two such points lies at sqrt(D / 2), where training has hardly ever been. Where
-    the ends are nearly parallel or opposite, sin w vanishes, and the walk is the straight line.
+    w is the angle between start and end. If both have the same
+    norm, so has every point between. In many dimensions D
+    nearly all of N(0, I) lies at sqrt(D) from 0. The middle of
+    a straight line between two such points lies at
+    sqrt(D / 2), where training has hardly ever been. Where the
+    ends are nearly parallel or opposite, sin w vanishes, and
+    the walk is the straight line.
     """
     cosine = F.cosine_similarity(start, end, dim=1).clamp(-1, 1)
     angle = cosine.acos()[:, None, None]  # (N, 1, 1)
-    # there line and circle differ by less than a millionth, or many circles join the ends
+    # there line and circle differ by less than
+    # a millionth, or many circles join the ends
     near = angle.sin() < 1e-3
     sine = torch.where(near, 1, angle.sin())
     start_share = ((1 - t[:, None]) * angle).sin() / sine  # (N, T, 1)
@@ -79,19 +89,24 @@ def slerp(start, end, t):
 
 
 def closed_walk(points, frames):
-    """points (S, D) -> (S * frames, D): on great circles from each to the next, and back."""
+    """points (S, D) -> (S * frames, D):
+    on great circles from each to the next, and back.
+    """
     t = torch.arange(frames, device=points.device) / frames  # without 1, which is the next one's 0
     following = points.roll(-1, 0)  # after the last comes the first
     return slerp(points, following, t).flatten(0, 1)
 
 
 def evenness(images):
-    """images (N, T, C, H, W) -> (N, T - 1): how much each step changes, in units of a cross-fade.
+    """images (N, T, C, H, W) -> (N, T - 1):
+    how much each step changes, in units of a cross-fade.
 
-    The change is the mean of |x' - x| over the pixels. A cross-fade from the first image to the
-    last has 1 everywhere. The mean of a row is the length of its walk over that of the shortest
-    one, so it is never below 1 (but 0 where nothing changes). A leap shows as a step of up to
-    T - 1 times the mean.
+    The change is the mean of |x' - x| over the pixels. A
+    cross-fade from the first image to the last has 1
+    everywhere. The mean of a row is the length of its walk
+    over that of the shortest one, so it is never below 1
+    (but 0 where nothing changes). A leap shows as a step of
+    up to T - 1 times the mean.
     """
     change = images.diff(dim=1).abs().flatten(2).mean(2)  # (N, T - 1)
     whole = (images[:, -1] - images[:, 0]).abs().flatten(1).mean(1)  # (N,)
@@ -100,7 +115,9 @@ def evenness(images):
 
 
 class Artist:
-    """What draws: the generator of a weights file, or its decoder beside its encoder."""
+    """What draws: the generator of a weights
+    file, or its decoder beside its encoder.
+    """
 
     def __init__(self, weights_path, data_dir, device):
         weights = common.load_weights(weights_path, None, "model_kwargs")
@@ -132,8 +149,9 @@ class Artist:
     def draw(self, z, vectors=None):
         """z (rows, columns, D) -> images (rows, columns, C, H, W) in [0, 1].
 
-        vectors (rows, columns, E) is what a conditional generator takes in place of labels.
-        Without it the first row is of the first class, the next row of the next class.
+        vectors (rows, columns, E) is what a conditional generator
+        takes in place of labels. Without it the first row is of
+        the first class, the next row of the next class.
         """
         points = z.flatten(0, 1)  # (N, D)
         if self.encoder is not None:
@@ -144,7 +162,8 @@ class Artist:
             if vectors is None:
                 labels = torch.arange(len(z)) % len(self.class_vectors)
                 vectors = self.class_vectors[labels][:, None].expand(-1, z.shape[1], -1)
-            # the vectors stand in for the embedding's table, and each point looks up its own
+            # the vectors stand in for the embedding's
+            # table, and each point looks up its own
             table = {"embedding.weight": vectors.flatten(0, 1)}
             labels = torch.arange(len(points), device=self.device)
             images = torch.func.functional_call(self.network, table, (points, labels))
@@ -163,13 +182,17 @@ class Artist:
         return torch.randint(len(self.test), (count,)).to(self.device)
 
     def choose_points(self, count):
-        """z (count, D) ~ N(0, I); of an autoencoder, which has no prior, codes of test images."""
+        """z (count, D) ~ N(0, I);
+        of an autoencoder, which has no prior, codes of test images.
+        """
         if self.has_prior:
             return torch.randn(count, self.latent_dim).to(self.device)
         return self.encode(self.choose_images(count))
 
     def spread(self):
-        """Mean and standard deviation of each latent, (D,) both: of codes, or of N(0, I)."""
+        """Mean and standard deviation of each latent, (D,) both:
+        of codes, or of N(0, I).
+        """
         if self.encoder is None:
             return torch.zeros(self.latent_dim), torch.ones(self.latent_dim)
         mu = self.encode(torch.arange(min(1000, len(self.test)), device=self.device))
@@ -188,7 +211,9 @@ class Panel:
 
 
 def test_image_panel(artist, rows, t):
-    """Walks between the codes of test images. The images themselves stand at the ends."""
+    """Walks between the codes of test images.
+    The images themselves stand at the ends.
+    """
     index = artist.choose_images(2 * rows)
     images = artist.test.pixels[index][:, None] / 255  # (2 rows, 1, C, H, W)
     first, last = images.chunk(2)
@@ -200,7 +225,9 @@ def test_image_panel(artist, rows, t):
 
 
 def class_panel(artist, z, t):
-    """Walks from the vector of a class to that of the next, while z (rows, D) stays as it is."""
+    """Walks from the vector of a class to that of
+    the next, while z (rows, D) stays as it is.
+    """
     vectors = artist.class_vectors
     labels = torch.arange(len(z)) % len(vectors)
     following = (labels + 1) % len(vectors)
@@ -211,7 +238,8 @@ def class_panel(artist, z, t):
 
 
 def sweep_panel(artist, z, t, sweep):
-    """The two latents that vary most are swept, one across and one down; z (D,) has the others.
+    """The two latents that vary most are swept,
+    one across and one down; z (D,) has the others.
 
     A VAE may leave latents unused, and those would show nothing.
     """
@@ -230,7 +258,9 @@ def sweep_panel(artist, z, t, sweep):
 
 
 def mosaic(images):
-    """images (rows, columns, C, H, W) in [0, 1] -> one Pillow image, grey or in colour."""
+    """images (rows, columns, C, H, W) in [0, 1]
+    -> one Pillow image, grey or in colour.
+    """
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
 
@@ -289,9 +319,11 @@ def save_table(panels, title, path):
 
 
 class Weights:
-    """Tensors as bytes, end to end. What stands for a tensor in the page is its place in them.
+    """Tensors as bytes, end to end.
+    What stands for a tensor in the page is its place in them.
 
-    Vectors stay exact. Of every other tensor an entry is rounded to a whole number of `bits`
+    Vectors stay exact. Of every other tensor an
+    entry is rounded to a whole number of `bits`
     bits, times a factor for each output.
     """
 
@@ -312,7 +344,8 @@ class Weights:
         largest = values.flatten(0, -2).abs().amax(0).clamp(min=1e-30)  # (outputs,)
         scales = largest / (2 ** (self.bits - 1) - 1)
         whole = (values / scales).round().to(torch.int16)
-        # all low bytes, then all high ones, which are much alike: so gzip makes them small
+        # all low bytes, then all high ones, which
+        # are much alike: so gzip makes them small
         halves = torch.stack([whole & 255, whole >> 8 & 255]).to(torch.uint8)
         place = self.append("int16", whole.numel(), halves)
         return {**place, "scales": self.add(scales)}
@@ -323,7 +356,9 @@ class Weights:
 
 
 def export_plain(layer):
-    """A layer without weights as pages/network.js takes it, or None if it is unknown there."""
+    """A layer without weights as pages/network.js
+    takes it, or None if it is unknown there.
+    """
     name = type(layer).__name__
     types = {"ReLU": "relu", "Tanh": "tanh", "Sigmoid": "sigmoid", "Flatten": "flatten"}
     if name in types:
@@ -341,7 +376,9 @@ def export_plain(layer):
 
 
 def export_conv(layer, weights):
-    """A convolution, transposed or not, or None if it is of a kind that the page cannot run."""
+    """A convolution, transposed or not, or None
+    if it is of a kind that the page cannot run.
+    """
     sides = (layer.kernel_size, layer.stride, layer.padding)
     square = all(side[0] == side[1] for side in sides)
     usual = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
@@ -361,7 +398,8 @@ def export_conv(layer, weights):
 
 
 def export(module, weights):
-    """The layers of a module as a list, as pages/network.js takes it. `weights` gets their weights.
+    """The layers of a module as a list, as pages/network.js takes it.
+    `weights` gets their weights.
 
     Raises BadInput, which names the layer, if the page cannot run it.
     """
@@ -392,7 +430,9 @@ def export(module, weights):
 
 
 def export_network(artist, weights):
-    """The layers from z (of a conditional generator followed by the class's vector) to [0, 1]."""
+    """The layers from z (of a conditional generator
+    followed by the class's vector) to [0, 1].
+    """
     layers = export(artist.network.model, weights)
     # what the scripts compute outside of their modules
     if artist.script == "gan_cub":
@@ -407,10 +447,12 @@ def export_network(artist, weights):
 def strongest_directions(artist, count):
     """The directions in z along which the image changes most, as the page takes them.
 
-    Least squares over N samples gives the map W of z (D) to the pixels (P) that fits best:
-    images = z W^T. With W = U S V^T, the rows of V^T are orthogonal directions in z, and a step
-    along one of them changes the image by its singular value. The squares of all of these add
-    up to the variance that the map gives to the pixels. z is in units of its deviations, which
+    Least squares over N samples gives the map W of z (D) to the
+    pixels (P) that fits best: images = z W^T. With W = U S V^T,
+    the rows of V^T are orthogonal directions in z, and a step
+    along one of them changes the image by its singular value. The
+    squares of all of these add up to the variance that the map
+    gives to the pixels. z is in units of its deviations, which
     are those of the prior, or, without one, of the samples.
     """
     number = max(2000, 4 * artist.latent_dim)
@@ -427,7 +469,8 @@ def strongest_directions(artist, count):
     squares, vectors = torch.linalg.eigh(transposed @ transposed.T)  # S^2, ascending, and V
     directions = vectors.T.flip(0)[:count]  # (count, D)
     shares = squares.flip(0)[:count] / squares.sum().clamp(min=1e-12)
-    # An eigenvector and its opposite serve equally well: the largest entry is made positive.
+    # An eigenvector and its opposite serve equally
+    # well: the largest entry is made positive.
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))  # (count, 1)
     return {
         "samples": number,
@@ -461,7 +504,9 @@ def rounded(tensor):
 
 
 def save_page(artist, seed, path):
-    """Write the page, unless the network has a layer that cannot run there: then a warning."""
+    """Write the page, unless the network has a
+    layer that cannot run there: then a warning.
+    """
     data = page_data(artist, seed)
     for bits in (16, 11, 8):
         weights = Weights(bits)
@@ -482,8 +527,9 @@ def save_page(artist, seed, path):
 def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, frames, seed, device):
     """Write picture, table, animation and page; returns the panels of the picture.
 
-    A walk of your own is one more Panel in the list `panels`, which has room for one more; with
-    `change` it is also in the table.
+    A walk of your own is one more Panel in the
+    list `panels`, which has room for one more;
+    with `change` it is also in the table.
     """
     device = common.choose_device(device)
     path = weights_path or common.newest_weights()
@@ -517,7 +563,9 @@ def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, fr
 
 
 def main(source_kwargs, picture_kwargs):
-    """Draw with the given settings; returns the panels of the picture, with all their images."""
+    """Draw with the given settings;
+    returns the panels of the picture, with all their images.
+    """
     check_settings(picture_kwargs)
     return explore(**source_kwargs, **picture_kwargs)
 

@@ -1,18 +1,24 @@
-"""A map of where a trained encoder puts the test images, as a picture and as a page to explore.
+"""A map of where a trained encoder puts the test
+images, as a picture and as a page to explore.
 
-paper:  Pearson 1901, On lines and planes of closest fit to systems of points in space,
-        Philosophical Magazine 2 (principal components)
-        Petroff 2021, https://arxiv.org/abs/2107.02270 (colours that colour-blind readers tell
-        apart, too)
+paper:  Pearson 1901, On lines and planes of closest fit to
+        systems of points in space, Philosophical Magazine 2
+        (principal components)
+        Petroff 2021, https://arxiv.org/abs/2107.02270
+        (colours that colour-blind readers tell apart, too)
 run:    python latent_space_vae.py          (takes the newest weights with an encoder)
-writes: beside the weights: latents_space_2d.png, latents_space_2d.csv (how well the classes can
-        be told apart), latents_space_2d.html (encoder and decoder themselves in a page: point
-        at any place for what is drawn there, or draw a digit, and see where it lies and whether
-        its error would give it away as an anomaly; it is one file and needs no connection)
-expect: main_vae on MNIST, 50 epochs, hidden_size 400: 10 nearest neighbours are
-        96.3 % right on 32 latents and 35.2 % on the plane; of 20 digits drawn
-        in the page 19 are right; a page of 3.7 MB for 5,000 images, which
-        encodes and decodes in 0.8 ms; 8 s on one core of an AMD EPYC
+writes: beside the weights: latents_space_2d.png,
+        latents_space_2d.csv (how well the classes can be told
+        apart), latents_space_2d.html (encoder and decoder
+        themselves in a page: point at any place for what is drawn
+        there, or draw a digit, and see where it lies and whether
+        its error would give it away as an anomaly; it is one file
+        and needs no connection)
+expect: main_vae on MNIST, 50 epochs, hidden_size 400: 10 nearest
+        neighbours are 96.3 % right on 32 latents and 35.2 % on
+        the plane; of 20 digits drawn in the page 19 are right; a
+        page of 3.7 MB for 5,000 images, which encodes and decodes
+        in 0.8 ms; 8 s on one core of an AMD EPYC
 """
 
 import base64
@@ -32,15 +38,15 @@ from detect_vae_anomalies import reconstruction_error
 from latent_space_interpolation import Weights, export, rounded
 
 source_kwargs = {
-    "weights_path": "",  # a weights file of main_vae or main_ae; empty: the newest in a folder here
+    "weights_path": "",  # of main_vae or main_ae; empty: the newest in a folder here
     "output_dir": "",  # everything is written there; empty: beside the weights
     "data_dir": "",  # where the encoder's images lie; empty: where they lay in training
 }
 plane_kwargs = {
-    "num_points": 5000,  # test images on the page; the picture and the table take them all
+    "num_points": 5000,  # test images on the page; picture and table take all
     "neighbours": 10,  # of the nearest-neighbour classifier
     "seed": 0,  # of the images that the classifiers are judged on
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
 }
 COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"]
 COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
@@ -58,10 +64,12 @@ def check_settings(settings):
 
 
 def principal_axes(points):
-    """The plane of most variance: points (N, D) -> mean (D,), axes (2, D), shares (2,) of it.
+    """The plane of most variance:
+    points (N, D) -> mean (D,), axes (2, D), shares (2,) of it.
 
-    The axes are eigenvectors of the covariance. An axis and its opposite serve equally well, so
-    the largest entry is made positive: the same points give the same picture every time.
+    The axes are eigenvectors of the covariance. An axis and its
+    opposite serve equally well, so the largest entry is made
+    positive: the same points give the same picture every time.
     """
     values, vectors = torch.linalg.eigh(torch.cov(points.T))  # ascending
     axes = vectors[:, -2:].T.flip(0)  # (2, D)
@@ -82,9 +90,11 @@ def neighbours_accuracy(train, train_labels, test, test_labels, k):
 
 
 def linear_accuracy(train, train_labels, test, test_labels):
-    """Share of test (M, D) that a logistic regression on train (N, D) puts into the right class.
+    """Share of test (M, D) that a logistic regression
+    on train (N, D) puts into the right class.
 
-    Its loss is the cross-entropy. That is convex, so every optimiser finds the same answer; the
+    Its loss is the cross-entropy. That is convex,
+    so every optimiser finds the same answer; the
     small penalty makes it the only one.
     """
     x = train.numpy()
@@ -105,7 +115,9 @@ def linear_accuracy(train, train_labels, test, test_labels):
 
 
 def tell_classes_apart(points, labels, neighbours, seed):
-    """(accuracy of the nearest neighbours, of the regression) on a fifth of points (N, D)."""
+    """(accuracy of the nearest neighbours, of
+    the regression) on a fifth of points (N, D).
+    """
     order = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))
     judged, learnt = order.tensor_split([len(order) // 5])
     near = neighbours_accuracy(
@@ -118,7 +130,9 @@ def tell_classes_apart(points, labels, neighbours, seed):
 
 
 def describe_space(name, points, share, labels, neighbours, seed):
-    """A row of the table: how well points (N, D) part the classes, if there are several."""
+    """A row of the table:
+    how well points (N, D) part the classes, if there are several.
+    """
     row = {"space": name, "share of the variance": round(share, 4)}
     if len(labels.unique()) > 1:
         near, linear = tell_classes_apart(points, labels, neighbours, seed)
@@ -128,12 +142,16 @@ def describe_space(name, points, share, labels, neighbours, seed):
 
 
 def look_of(label):
-    """Colour and number of the mark of a class. No two of the first 100 classes look alike."""
+    """Colour and number of the mark of a class.
+    No two of the first 100 classes look alike.
+    """
     return COLOURS[label % 10], (label + label // 10) % 10
 
 
 def save_scatter(places, labels, class_names, axis_names, title, path):
-    """places (N, 2), labels (N,): one colour and one mark a class, and its name in its middle."""
+    """places (N, 2), labels (N,):
+    one colour and one mark a class, and its name in its middle.
+    """
     from matplotlib.patheffects import withStroke
 
     figure = common.new_figure(8.6, 7)
@@ -157,7 +175,9 @@ def save_scatter(places, labels, class_names, axis_names, title, path):
 
 
 def data_uri(images, columns, quality):
-    """images (N, C, H, W) in [0, 1] as one picture: a JPEG of this quality, or exact for 0."""
+    """images (N, C, H, W) in [0, 1] as one picture:
+    a JPEG of this quality, or exact for 0.
+    """
     from PIL import features
     from torchvision.transforms.functional import to_pil_image
     from torchvision.utils import make_grid
@@ -169,7 +189,8 @@ def data_uri(images, columns, quality):
     if quality:
         picture.save(buffer, kind, quality=quality, subsampling=0)
     else:
-        # exact WebP is a tenth smaller than PNG, but has at most 16,383 pixels a side
+        # exact WebP is a tenth smaller than PNG,
+        # but has at most 16,383 pixels a side
         webp = features.check("webp") and max(picture.size) <= 16383
         kind = "webp" if webp else "png"
         picture.save(buffer, kind, lossless=True)
@@ -205,10 +226,12 @@ def describe_points(places, labels, numbers, class_names):
 
 
 def describe_codes(codes):
-    """mu of every code_step-th point, codes (N, D), as bytes between code_low and code_high.
+    """mu of every code_step-th point, codes (N, D),
+    as bytes between code_low and code_high.
 
-    They are of a thousand points, so that the page can tell which are nearest to a drawing, and of
-    none where D is above 64, since the page would grow too large.
+    They are of a thousand points, so that the page can
+    tell which are nearest to a drawing, and of none where
+    D is above 64, since the page would grow too large.
     """
     step = math.ceil(len(codes) / 1000)
     low, high = codes.min().item(), codes.max().item()
@@ -222,8 +245,9 @@ def describe_codes(codes):
 def describe_errors(errors):
     """What the page knows of the reconstruction errors (N,) of the test images.
 
-    An image with an error above the threshold would be called an anomaly. So are 5 % of the test
-    images, as in detect_vae_anomalies.py.
+    An image with an error above the threshold
+    would be called an anomaly. So are 5 % of the
+    test images, as in detect_vae_anomalies.py.
     """
     threshold = np.percentile(errors.numpy(), 95)
     short = [round(error, 2) for error in errors.tolist()]
@@ -233,7 +257,8 @@ def describe_errors(errors):
 def export_encoder(encoder, channels, black, weights):
     """The layers from brightness in [0, 1] to mu, as pages/network.js takes them.
 
-    The head that gives logvar is left out. black is what the encoder takes for black; white is 1.
+    The head that gives logvar is left out. black is
+    what the encoder takes for black; white is 1.
     """
     factor = torch.full((channels,), 1.0 - black)
     shift = torch.full((channels,), float(black))
@@ -246,9 +271,11 @@ def export_encoder(encoder, channels, black, weights):
 def describe_networks(encoder, decoder, channels, black):
     """Encoder and decoder for the page, and their weights as text.
 
-    The decoder's output is its script's own, logits for grey images: the page computes both the
-    picture and the error from it. With 11 bits, of main_vae after 10 epochs and 2,000 test images,
-    a pixel of the reconstruction differs by at most 1.9 of 255 grey levels; with 8 bits by 18.
+    The decoder's output is its script's own, logits for grey
+    images: the page computes both the picture and the error from
+    it. With 11 bits, of main_vae after 10 epochs and 2,000 test
+    images, a pixel of the reconstruction differs by at most 1.9
+    of 255 grey levels; with 8 bits by 18.
     """
     for bits in (16, 11, 8):
         weights = Weights(bits)
@@ -263,7 +290,9 @@ def describe_networks(encoder, decoder, channels, black):
 
 
 def describe_images(images):
-    """A picture (N, C, H, W) for each point. Those that would be too large are packed tighter."""
+    """A picture (N, C, H, W) for each point.
+    Those that would be too large are packed tighter.
+    """
     columns = math.isqrt(len(images) - 1) + 1
     for quality in (0, 85, 70, 50, 30, 15):  # 0 is exact
         sheet = data_uri(images, columns, quality)
@@ -274,9 +303,11 @@ def describe_images(images):
 
 @torch.inference_mode()
 def encode(encoder, decoder, test):
-    """mu (N, D) of all test images and the errors (N,) of their reconstructions, float64.
+    """mu (N, D) of all test images and the
+    errors (N,) of their reconstructions, float64.
 
-    The reconstruction is from mu. A sample of q(z|x) would only add noise to both.
+    The reconstruction is from mu. A sample
+    of q(z|x) would only add noise to both.
     """
     means, errors = [], []
     for index in torch.arange(len(test), device=test.device).split(500):
@@ -289,7 +320,9 @@ def encode(encoder, decoder, test):
 
 
 def save_page(data, encoder, decoder, test, path):
-    """Write the page, unless a network has a layer that cannot run there: then a warning."""
+    """Write the page, unless a network has a
+    layer that cannot run there: then a warning.
+    """
     some = data["numbers"]
     images = test.pixels.cpu()[some] / 255
     black = -1 if test.normalize else 0
@@ -306,7 +339,7 @@ def save_page(data, encoder, decoder, test, path):
 
 
 def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, device):
-    """Write table, picture and page; returns the table, a list of rows {column: value}."""
+    """Write table, picture and page; returns the table's rows."""
     device = common.choose_device(device)
     path = weights_path or common.newest_weights("encoder")
     folder = Path(output_dir or Path(path).parent)
@@ -339,7 +372,7 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
     data = describe_points(places[some], labels[some], some, class_names)
     data |= {"title": title, "facts": facts, "axis_names": axis_names}
     data |= describe_codes(codes[some])
-    # the page computes: place = axes (mu - mean), and back, z = mean + axes^T place
+    # the page computes place = axes (mu - mean) and z = mean + axes^T place
     data |= {"mean": rounded(mean), "axes": rounded(axes), **describe_errors(errors)}
     save_page(data, encoder, decoder, test, folder / "latents_space_2d.html")
     print(f"all of it is in {folder}/")

@@ -1,30 +1,39 @@
-"""A convolutional autoencoder, VAE or beta-VAE on CIFAR-10; also on grey images such as MNIST.
+"""A convolutional autoencoder, VAE or beta-VAE on CIFAR-10;
+also on grey images such as MNIST.
 
-paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
-        Burgess et al. 2018, Understanding disentangling in beta-VAE,
-        https://arxiv.org/abs/1804.03599
-courses: CMU 16-824, Visual Learning and Recognition, spring 2022, assignment 3 (colour); another
-        course's Exercise 1, "Training generative model to generate MNIST digits" (grey)
+paper:  Kingma and Welling 2013, Auto-Encoding Variational
+        Bayes, https://arxiv.org/abs/1312.6114
+        Burgess et al. 2018, Understanding disentangling in
+        beta-VAE, https://arxiv.org/abs/1804.03599
+courses: CMU 16-824, Visual Learning and Recognition,
+        spring 2022, assignment 3 (colour); another course's
+        Exercise 1, "Training generative model to generate
+        MNIST digits" (grey)
 run:    python main_ae.py                   (any key below is an option: --model_type ae)
         python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
-writes: cifar10_VAE/: reconstruction_epoch_{E}.png, generated_image_epoch_{E}.png,
-        train_loss_curve_{E}.png, latent_space_epoch_{E}.png (if latent_dim is 2), history.csv,
+writes: cifar10_VAE/: generated_image_epoch_{E}.png,
+        reconstruction_epoch_{E}.png,
+        latent_space_epoch_{E}.png (if latent_dim is 2),
+        train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C (the same command
-        continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C
+        (the same command continues from it),
         weights_epoch_{E}.pt (for sampling);
-        an experiment: such a folder for each setting, {experiment}.png and {experiment}.csv
-differs from the papers: Burgess et al. pull the KL to a target that grows,
-        while here it is only multiplied by beta, as in the courses, whose
-        networks these are; gradients are cut to norm 1 (see `step`); pictures,
-        weights files and tests are of averaged networks, which are steadier
-expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per test image: AE
-        with 16, 128 and 1024 latents 199.6, 53.9 and 24.1; VAE with 1024
-        latents 133.3, KL 59.2; with beta 0.8 122.5, KL 69.7; with the linear
-        schedule 117.2, KL 72.4; about 40 min each on one core of an AMD EPYC
+        an experiment: such a folder for each setting,
+        {experiment}.png and {experiment}.csv
+differs from the papers: Burgess et al. pull the KL to a target
+        that grows, while here it is only multiplied by beta, as
+        in the courses, whose networks these are; gradients are
+        cut to norm 1 (see `step`); pictures, weights files and
+        tests are of averaged networks, which are steadier
+expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per
+        test image: AE with 16, 128 and 1024 latents 199.6, 53.9
+        and 24.1; VAE with 1024 latents 133.3, KL 59.2; with beta
+        0.8 122.5, KL 69.7; with the linear schedule 117.2, KL
+        72.4; about 40 min each on one core of an AMD EPYC
 """
 
 import copy
@@ -40,44 +49,45 @@ import common  # data sets, pictures and weights files
 import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
-    "model_type": "vae",  # ae | vae; ae has neither noise nor KL; a beta-VAE is a vae with a beta
+    "model_type": "vae",  # ae | vae; ae has neither noise nor KL; see also beta
     "latent_dim": 1024,  # entries of the latent vector z
-    "feature_maps": 32,  # channels of the first convolution; they double where the side halves
-    "image_channels": 3,  # 3 colour; 1 grey, with other networks and another loss (MNIST always)
+    "feature_maps": 32,  # channels of the first layer; they double as the side halves
+    "image_channels": 3,  # 3 colour; 1 grey: other networks, another loss (MNIST always)
 }
-# Your own images: a folder of them (dataset_type "folder"), or from Python any
-# torch Dataset in the place of "cifar10": see `main`.
+# Your own images: a folder of them (dataset_type
+# "folder"), or from Python any torch Dataset in
+# the place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
+    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 32,  # pixels a side, a multiple of 8: MNIST's 28 are padded to 32
 }
 trainer_kwargs = {
-    "num_epochs": 20,  # may grow later: the run continues; 0 only checks settings and data
+    "num_epochs": 20,  # may grow later; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
-    "beta_schedule": "constant",  # constant | linear; linear grows from 0 in epoch 1 to beta
-    "beta_epochs": 20,  # of the linear schedule: with 20, epoch 20 has 0.95 beta, epoch 21 all
-    "ema_decay": 0.99,  # tests, pictures, files are of averaged weights (100 steps); 0: no average
+    "beta_schedule": "constant",  # constant | linear: from 0 in epoch 1 to beta
+    "beta_epochs": 20,  # of the linear schedule: with 20, epoch 21 has all of beta
+    "ema_decay": 0.99,  # tested, shown and saved are averaged weights; 0: no average
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "output_dir": "cifar10_VAE",  # everything is written there; give each setting its own
+    "output_dir": "cifar10_VAE",  # everything is written there; each setting its own
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
-    "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
-    "sample_every": 5,  # epochs between pictures and weights; also after the first and the last
+    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
+    "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
+    "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "sample_every": 5,  # epochs between pictures and weights; also the first and the last
 }
 experiment_kwargs = {
-    "experiment": "none",  # none | latent_sizes | betas | schedule | model_types; compares settings
+    "experiment": "none",  # none | latent_sizes | betas | schedule | model_types
 }
-# The settings of each experiment. All others come from the dicts or the command
-# line.
+# The settings of each experiment. All others
+# come from the dicts or the command line.
 EXPERIMENTS = {
     "latent_sizes": [
         {"model_type": "ae", "latent_dim": 16},
@@ -102,17 +112,17 @@ EXPERIMENTS = {
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work. settings: {key: value}.
+    """Refuse impossible values in one line, before any work.
 
-    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
-    and training.Run check. Each refusal is a common.BadInput, which ends the
-    script with exit status 2.
+    settings: {key: value}. What is not checked here of
+    dataset_kwargs and run_kwargs, common.load_data and
+    training.Run check. A common.BadInput ends with exit status 2.
 
-    A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
-    the parameters of Trainer.__init__ too, and to both places where networks
-    are built: there, and where weights are loaded. Checkpoints that were made
-    without it are then refused.
+    A key of your own goes into trainer_kwargs and the parameters
+    of Trainer.__init__. One that shapes the networks goes into
+    model_kwargs, those parameters too, and both places where
+    networks are built: there, and where weights are loaded.
+    Checkpoints that were made without it are then refused.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -138,8 +148,8 @@ def check_settings(settings):
 class ColourEncoder(nn.Module):
     """Images (N, 3, H, W) -> mu and logvar, both (N, latent_dim).
 
-    In a plain autoencoder logvar is None. Shapes are for 32 pixels and 32
-    feature maps.
+    In a plain autoencoder logvar is None. Shapes
+    are for 32 pixels and 32 feature maps.
     """
 
     def __init__(self, model_type, latent_dim, feature_maps, image_size):
@@ -172,7 +182,9 @@ class ColourEncoder(nn.Module):
 
 
 class ColourDecoder(nn.Module):
-    """z (N, latent_dim) -> images (N, 3, H, W). Shapes are for 32 pixels and 32 feature maps."""
+    """z (N, latent_dim) -> images (N, 3, H, W).
+    Shapes are for 32 pixels and 32 feature maps.
+    """
 
     def __init__(self, latent_dim, feature_maps, image_size):
         super().__init__()
@@ -195,16 +207,18 @@ class ColourDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """The images that z (N, latent_dim) stands for, (N, 3, H, W) in [-1, 1]; without noise."""
+        """The images that z (N, latent_dim) stands
+        for, (N, 3, H, W) in [-1, 1]; without noise.
+        """
         return self(z).clamp(-1, 1)
 
 
 class GreyEncoder(nn.Module):
     """Images (N, 1, H, W) -> mu and logvar, both (N, latent_dim).
 
-    Kernels and activations are not those of the colour networks, since the
-    pairs are those of two courses. In a plain autoencoder
-    logvar is None.
+    Kernels and activations are not those of the
+    colour networks, since the pairs are those of two
+    courses. In a plain autoencoder logvar is None.
     """
 
     def __init__(self, model_type, latent_dim, feature_maps, image_size):
@@ -237,7 +251,9 @@ class GreyEncoder(nn.Module):
 
 
 class GreyDecoder(nn.Module):
-    """z (N, latent_dim) -> logits (N, 1, H, W): their sigmoid is the probability of ink."""
+    """z (N, latent_dim) -> logits (N, 1, H, W):
+    their sigmoid is the probability of ink.
+    """
 
     def __init__(self, latent_dim, feature_maps, image_size):
         super().__init__()
@@ -259,7 +275,9 @@ class GreyDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """The images that z (N, latent_dim) stands for, (N, 1, H, W) in [0, 1]; without noise."""
+        """The images that z (N, latent_dim) stands
+        for, (N, 1, H, W) in [0, 1]; without noise.
+        """
         return self(z).sigmoid()
 
 
@@ -274,20 +292,22 @@ def make_networks(model_type, latent_dim, feature_maps, image_channels, image_si
     else:
         encoder = GreyEncoder(model_type, latent_dim, feature_maps, image_size)
         decoder = GreyDecoder(latent_dim, feature_maps, image_size)
-    # Channels last: the channels of a pixel lie side by side in memory, which
-    # makes a step on a CPU 1.3 times as fast.
+    # Channels last: the channels of a pixel lie side by side
+    # in memory, which makes a step on a CPU 1.3 times as fast.
     encoder.to(device, memory_format=torch.channels_last)
     decoder.to(device, memory_format=torch.channels_last)
     return encoder, decoder
 
 
 def keep_freed_memory():
-    """On Linux, use the memory of freed tensors again, instead of giving it back to the system.
+    """On Linux, use the memory of freed tensors
+    again, instead of giving it back to the system.
 
-    It changes the speed alone. By itself the C library gives back the memory
-    of large tensors in each step, and asks for it again in the next. Without
-    that a step is 15 % faster: 1.13 s instead of 1.33 s (float32, one core of
-    an AMD EPYC, torch 2.14).
+    It changes the speed alone. By itself the C library gives
+    back the memory of large tensors in each step, and asks
+    for it again in the next. Without that a step is 15 %
+    faster: 1.13 s instead of 1.33 s (float32, one core of an
+    AMD EPYC, torch 2.14).
     """
     if sys.platform != "linux":
         return
@@ -300,8 +320,8 @@ def keep_freed_memory():
 def reparameterize(mu, logvar):
     """z = mu + sigma * noise with noise ~ N(0, I), all (N, latent_dim).
 
-    This is a sample of N(mu, sigma^2) through which gradients reach mu and
-    sigma.
+    This is a sample of N(mu, sigma^2) through
+    which gradients reach mu and sigma.
     """
     sigma = (0.5 * logvar).exp()
     return mu + sigma * torch.randn_like(mu)
@@ -310,17 +330,20 @@ def reparameterize(mu, logvar):
 def reconstruction_loss(output, x):
     """Error of the decoder's output for images x, both (N, C, H, W).
 
-    It is summed over the pixels and averaged over the batch. Colour, in [-1, 1]: the
-    squared error, which is -log N(x; output, 1/2 I) up to a constant. Grey,
-    in [0, 1]: the cross-entropy -log p(x|z) in nats, where each pixel is the
-    probability of ink and the output a logit. (The log of a sigmoid that has
-    rounded to 0 would be infinite.) Both are sums because log p of an image
-    is the sum over its pixels, as the KL is one over latents: with a mean over
-    the 3072 numbers of a colour image beta would be 3072 times what it says.
+    It is summed over the pixels and averaged over the batch.
+    Colour, in [-1, 1]: the squared error, which is
+    -log N(x; output, 1/2 I) up to a constant. Grey, in [0, 1]:
+    the cross-entropy -log p(x|z) in nats, where each pixel is the
+    probability of ink and the output a logit. (The log of a
+    sigmoid that has rounded to 0 would be infinite.) Both are
+    sums because log p of an image is the sum over its pixels, as
+    the KL is one over latents: with a mean over the 3072 numbers
+    of a colour image beta would be 3072 times what it says.
 
-    Another loss goes into the two returns below. For grey, take the output's
-    sigmoid first, unless the loss expects logits. Then give another
-    --output_dir, since changed code is not noticed.
+    Another loss goes into the two returns below. For grey,
+    take the output's sigmoid first, unless the loss expects
+    logits. Then give another --output_dir, since changed
+    code is not noticed.
     """
     if x.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(output, x, reduction="sum") / len(x)
@@ -330,36 +353,45 @@ def reconstruction_loss(output, x):
 def kl_divergence(mu, logvar):
     """KL(N(mu, sigma^2) || N(0, I)) in nats. mu, logvar: (N, latent_dim).
 
-    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed over the latents, since
-    they are independent; mean over the batch (Kingma and Welling, appendix B).
+    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed
+    over the latents, since they are independent; mean
+    over the batch (Kingma and Welling, appendix B).
     """
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum() / len(mu)
 
 
 class Trainer:
-    """Encoder and decoder, their averages, the optimiser, and the training loop.
+    """Encoder and decoder, their averages,
+    the optimiser, and the training loop.
 
-    run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on from there.
-    run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller, and is then never a recorded
-    step (see `step`). run.train_step calls `step` and keeps the scalars that it
-    returns, run.end_epoch adds a row of their means over the epoch's images to
-    the history and returns all rows, and run.save_weights writes what sampling
-    needs. run.pictures_due is true every sample_every epochs, after the first
-    and after the last. After each turn of the loop over epochs, run.epochs
-    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; a run that is killed loses the
-    epoch under way. A loss that is no longer finite ends the run.
+    run: a training.Run. What `fit` uses of it:
+    - run.epochs restores networks, optimisers, history and
+      random numbers from checkpoint.pt, if there is one, and
+      goes on from there. After each turn of the loop it writes
+      checkpoint.pt, history.csv and run.html.
+    - run.batches gives the batches of an epoch, in an order that
+      depends on seed and epoch alone. The last one may be
+      smaller, and is then never a recorded step (see `step`).
+    - run.train_step calls `step` and keeps its scalars.
+    - run.end_epoch adds a row to the history, their means over
+      the epoch's images, and returns all rows.
+    - run.pictures_due is true every sample_every epochs, after
+      the first and after the last.
+    - run.save_weights writes what sampling needs.
 
-    Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since gradients are
-    averaged. All of them draw, but only the first one writes and prints.
+    At Ctrl-C the step under way is finished and checkpoint.pt is
+    written; a run that is killed loses the epoch under way. A
+    loss that is no longer finite ends the run.
 
-    train, test: two common.Images, which lie on the device as a whole:
-    train.pixels (M, C, H, W) are all images as uint8, and train.batch(index)
-    gives those of index (N,) as floats in [-1, 1] (grey: in [0, 1]), and their
-    labels.
+    Under torchrun each process trains on images of its own with
+    noise of its own. All begin with equal networks, which stay
+    equal, since gradients are averaged. All of them draw, but
+    only the first one writes and prints.
+
+    train, test: two common.Images, which lie on the device as a
+    whole: train.pixels (M, C, H, W) are all images as uint8, and
+    train.batch(index) gives those of index (N,) as floats in
+    [-1, 1] (grey: in [0, 1]), and their labels.
 
     No layer here differs between train and eval mode.
     """
@@ -389,15 +421,15 @@ class Trainer:
         self.target_beta, self.ema_decay = beta, ema_decay
         self.beta_schedule, self.beta_epochs = beta_schedule, beta_epochs
         device, side = train.device, train.pixels.shape[2]
-        # bfloat16 has three digits only: layers compute in it, but weights and
-        # losses are float32, to which .float() in the networks returns
+        # layers compute in bfloat16, which has three digits; with
+        # .float() the networks return to float32 for the losses
         self.bfloat16 = common.use_bfloat16(precision, device)
         networks = make_networks(model_type, latent_dim, feature_maps, image_channels, side, device)
         self.encoder, self.decoder = networks
         self.ema_encoder, self.ema_decoder = copy.deepcopy(networks)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # Tensors, since a recorded step (see `step`) would not notice a new number.
-        # `fit` may change them with fill_, in a continued run too.
+        # tensors, not numbers (see `step`); `fit` may
+        # change them with fill_, in a continued run too
         self.lr = torch.tensor(lr, device=device)
         self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
@@ -405,11 +437,13 @@ class Trainer:
         self.fixed_z = torch.randn(49, latent_dim).to(device)
 
     def losses(self, encoder, decoder, x):
-        """Images x (N, C, H, W) -> loss, reconstruction and KL, each a mean over the images.
+        """Images x (N, C, H, W) -> loss, reconstruction
+        and KL, each a mean over the images.
 
-        With beta 1 a VAE's loss is the negative evidence lower bound (ELBO), in
-        colour up to a constant. z is sampled for test images too, so that train
-        and test losses can be compared.
+        With beta 1 a VAE's loss is the negative evidence
+        lower bound (ELBO), in colour up to a constant. z is
+        sampled for test images too, so that train and test
+        losses can be compared.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)
@@ -421,24 +455,28 @@ class Trainer:
         kl = kl_divergence(mu, logvar)
         return reconstruction + self.beta * kl, reconstruction, kl
 
+    # On an NVIDIA GPU the work of one call of `step` is recorded
+    # (a CUDA graph) and then repeated, with new noise but without
+    # this Python: an `if` keeps to the recorded branch, a number
+    # to its value, and .item() is an error. So keep what changes
+    # in a tensor, as the learning rate is.
     def step(self, x):
-        """One step of Adam, and one of the averages. x (N, C, H, W); returns scalars.
+        """One step of Adam, and one of the averages. x (N, C, H, W);
+        returns scalars.
 
-        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
-        then repeated, with new noise but without this Python: an `if` keeps to
-        the recorded branch, a number to its value, and .item() is an error. So
-        keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor of shape () to the dict that is
-        returned; for a curve also to `panels` in draw_curves.
+        For another column in history.csv add a tensor of shape ()
+        to the dict that is returned; for a curve also to `panels`
+        in draw_curves.
         """
         loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
         loss.backward()
-        # with torchrun: the mean over all processes, a batch each; alone: nothing
+        # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.optimizer)
-        # As at CMU, the gradient of all weights together is scaled down to norm 1;
-        # the loss is a sum over pixels, so that norm is 400 to 500. Adam's steps do
-        # not become small by it, but every batch counts alike in its means.
+        # As at CMU, the gradient of all weights together is
+        # scaled down to norm 1; the loss is a sum over pixels, so
+        # that norm is 400 to 500. Adam's steps do not become
+        # small by it, but every batch counts alike in its means.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -446,13 +484,15 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """Exponential moving average: ema = decay ema + (1 - decay) now, for every weight.
+        """Exponential moving average:
+        ema = decay ema + (1 - decay) now, for every weight.
 
-        The noise of single steps cancels in it. The decay of step t is
-        (1 + t) / (10 + t), at most ema_decay, so that the first weights are
-        soon forgotten.
+        The noise of single steps cancels in it. The decay
+        of step t is (1 + t) / (10 + t), at most ema_decay,
+        so that the first weights are soon forgotten.
         """
-        # Adam's own count of steps, a tensor, which grows in a recorded step too
+        # Adam's own count of steps, a tensor,
+        # which grows in a recorded step too
         t = self.optimizer.state[self.parameters[0]]["step"]
         # this is 1 - decay, since 1 - (1 + t) / (10 + t) = 9 / (10 + t)
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)
@@ -462,10 +502,11 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self):
-        """The same losses as in `step`, here of the averaged networks and all test images.
+        """The same losses as in `step`, here of
+        the averaged networks and all test images.
 
-        The loss has the epoch's beta in it: compare it between epochs, or
-        between runs, only where beta is the same.
+        The loss has the epoch's beta in it: compare it between
+        epochs, or between runs, only where beta is the same.
         """
         total = torch.zeros(3, device=self.test.device)
         for x in batches_of(self.test):
@@ -477,8 +518,8 @@ class Trainer:
     def beta_of(self, epoch):
         """The weight of the KL in an epoch (from 1), by the schedule.
 
-        CMU's exercise counts epochs from 0: there the linear schedule is 0 in
-        epoch 0, and 0.95 beta in epoch 19 of 20.
+        CMU's exercise counts epochs from 0: there the linear
+        schedule is 0 in epoch 0, and 0.95 beta in epoch 19 of 20.
         """
         if self.beta_schedule == "constant":
             return self.target_beta
@@ -487,9 +528,10 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs, precision,
-        data_dir and the run_kwargs other than the seed may change. Changed code
-        is not noticed: then give another --output_dir, or --resume false.
+        A checkpoint of other settings is refused; num_epochs,
+        precision, data_dir and the run_kwargs other than the seed
+        may change. Changed code is not noticed: then give another
+        --output_dir, or --resume false.
         """
         run = self.run
         state = {
@@ -511,7 +553,8 @@ class Trainer:
                 # step just done, counted from 0 in each epoch:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # for another column, measured once an epoch, add a number to this dict
+            # for another column, measured once
+            # an epoch, add a number to this dict
             history = run.end_epoch({**self.evaluate(), "beta": beta})
             if run.pictures_due:
                 self.draw(epoch)
@@ -522,7 +565,9 @@ class Trainer:
 
     @torch.no_grad()
     def draw(self, name):
-        """Write reconstructions, samples, and the latent space where it is a plane."""
+        """Write reconstructions, samples, and
+        the latent space where it is a plane.
+        """
         low = -1.0 if self.test.normalize else 0.0  # the value of black
         some = torch.linspace(0, len(self.test) - 1, 36, device=self.test.device).long()
         images, _ = self.test.batch(some)  # (36, C, H, W)
@@ -532,8 +577,8 @@ class Trainer:
         pairs = torch.stack([images, rebuilt], dim=1)  # (36, 2, C, H, W)
         path = self.folder / f"reconstruction_epoch_{name}.png"
         common.save_grid(pairs.flatten(0, 1), path, columns=12, low=low)
-        # Of a plain autoencoder these say little: nothing has taught its decoder
-        # what to make of z ~ N(0, I).
+        # Of a plain autoencoder these say little: nothing
+        # has taught its decoder what to make of z ~ N(0, I).
         samples = self.ema_decoder.sample(self.fixed_z)
         path = self.folder / f"generated_image_epoch_{name}.png"
         common.save_grid(samples, path, columns=7, low=low)
@@ -542,7 +587,9 @@ class Trainer:
             draw_latent_space(self.ema_encoder, self.ema_decoder, self.test, path)
 
     def draw_curves(self, history, epoch):
-        """Write the history so far, a list of rows {column: value}, as curves."""
+        """Write the history so far, a list
+        of rows {column: value}, as curves.
+        """
         panels = {"reconstruction (per image)": ["reconstruction", "test reconstruction"]}
         if self.model_type == "vae":
             panels["KL (nats per image)"] = ["KL", "test KL"]
@@ -552,7 +599,9 @@ class Trainer:
 
 
 def batches_of(split):
-    """Yield all images of a split, a common.Images, in their order: (batch_size, C, H, W)."""
+    """Yield all images of a split, a common.Images, in their order:
+    (batch_size, C, H, W).
+    """
     for index in torch.arange(len(split), device=split.device).split(split.batch_size):
         images, _ = split.batch(index)
         yield images
@@ -560,7 +609,8 @@ def batches_of(split):
 
 @torch.no_grad()
 def draw_latent_space(encoder, decoder, test, path):
-    """Write a picture of a latent plane: the mu of every test image, coloured by its class.
+    """Write a picture of a latent plane:
+    the mu of every test image, coloured by its class.
 
     Beside it, over the same plane, is what the decoder draws there.
     """
@@ -593,10 +643,11 @@ def draw_latent_space(encoder, decoder, test, path):
 
 
 def decode_plane(decoder, low, high, side=20):
-    """side x side images of latents between low (2,) and high (2,), as one picture in [0, 1].
+    """side x side images of latents between low
+    (2,) and high (2,), as one picture in [0, 1].
 
-    The picture is (rows, columns, C). The first latent grows to the right,
-    the second upwards.
+    The picture is (rows, columns, C). The first
+    latent grows to the right, the second upwards.
     """
     middles = (torch.arange(side, device=low.device) + 0.5) / side  # as fractions of the axes
     first = low[0] + middles * (high[0] - low[0])
@@ -613,11 +664,13 @@ def decode_plane(decoder, low, high, side=20):
 
 
 def load_model(weights_path):
-    """(encoder, decoder) of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+    """(encoder, decoder) of a weights_epoch_{E}.pt.
+    Raises common.BadInput for any other file.
 
-    To sample: decoder.sample(torch.randn(16, 1024)) gives (16, 3, 32, 32), with
-    as many columns of z as the model has latents. To encode: mu, logvar =
-    encoder(images), of colour in [-1, 1], of grey in [0, 1].
+    To sample: decoder.sample(torch.randn(16, 1024)) gives
+    (16, 3, 32, 32), with as many columns of z as the model has
+    latents. To encode: mu, logvar = encoder(images), of colour in
+    [-1, 1], of grey in [0, 1].
     """
     weights = common.load_weights(weights_path, __file__, "decoder")
     side = weights["data"]["shape"][1]
@@ -630,14 +683,16 @@ def load_model(weights_path):
 def main(
     model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment_kwargs=experiment_kwargs
 ):
-    """Train with the given settings; returns the Trainer, or {setting: Trainer} of an experiment.
+    """Train with the given settings;
+    returns the Trainer, or {setting: Trainer} of an experiment.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
-    or in the dict above. It gives (image, label): a Pillow image or a tensor
-    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
-    image is brought to the network's size and channels, a tenth of them is held
-    out for testing, and `dataset.classes`, if there is such a list, names the
-    labels.
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of
+    your own, here or in the dict above. It gives (image, label):
+    a Pillow image or a tensor (C, H, W), uint8 or floats in
+    [0, 1], of any size, and an int from 0. Every image is
+    brought to the network's size and channels, a tenth of them
+    is held out for testing, and `dataset.classes`, if there is
+    such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs, **experiment_kwargs})
     if experiment_kwargs["experiment"] != "none":
@@ -661,15 +716,18 @@ def main(
 
 
 def with_changes(kwargs, changes):
-    """A copy of kwargs with the values of those of its keys that `changes` holds."""
+    """A copy of kwargs with the values of
+    those of its keys that `changes` holds.
+    """
     return {key: changes.get(key, value) for key, value in kwargs.items()}
 
 
 def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment):
-    """Train each setting of an experiment in a folder of its own, then compare them.
+    """Train each setting of an experiment in
+    a folder of its own, then compare them.
 
-    A setting whose run is complete is only read from its checkpoint. Returns
-    {setting: Trainer}.
+    A setting whose run is complete is only read
+    from its checkpoint. Returns {setting: Trainer}.
     """
     folder = Path(trainer_kwargs["output_dir"])
     trainers = {}
@@ -691,7 +749,9 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment
 
 
 def save_table(trainers, num_epochs, path):
-    """Print and write what {setting: Trainer} had reached after num_epochs."""
+    """Print and write what {setting: Trainer}
+    had reached after num_epochs.
+    """
     rows = []
     for setting, trainer in trainers.items():
         last = trainer.run.history[num_epochs - 1]  # the run may have gone further
@@ -704,7 +764,9 @@ def save_table(trainers, num_epochs, path):
 
 
 def draw_comparison(trainers, num_epochs, experiment, path):
-    """Write the test errors of {setting: Trainer}, epoch by epoch, as curves."""
+    """Write the test errors of
+    {setting: Trainer}, epoch by epoch, as curves.
+    """
     history = []
     for epoch in range(1, num_epochs + 1):
         row = {"epoch": epoch}

@@ -1,24 +1,29 @@
-"""A conditional GAN (cGAN), which draws the class it is asked for, on MNIST; also on your images.
+"""A conditional GAN (cGAN), which draws the class
+it is asked for, on MNIST; also on your images.
 
-paper:  Mirza and Osindero 2014, Conditional Generative Adversarial Nets,
-        https://arxiv.org/abs/1411.1784
-        Miyato and Koyama 2018, cGANs with Projection Discriminator,
-        https://arxiv.org/abs/1802.05637 (conditioning `projection`)
+paper:  Mirza and Osindero 2014, Conditional Generative
+        Adversarial Nets, https://arxiv.org/abs/1411.1784
+        Miyato and Koyama 2018, cGANs with Projection
+        Discriminator, https://arxiv.org/abs/1802.05637
+        (conditioning `projection`)
 run:    python main_cgan.py --num_epochs 20         (any key below is such an option)
         torchrun --nproc_per_node=2 main_cgan.py    (two processes, a batch each)
-writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for each class, a column for each z),
-        train_loss_curve_{E}.png, history.csv, training.gif (the pictures over the epochs),
+writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for
+        each class, a column for each z),
+        train_loss_curve_{E}.png, history.csv,
+        training.gif (the pictures over the epochs),
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C (the same command
-        continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C
+        (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
-differs from the papers: convolutions and learned class vectors (2014: fully
-        connected layers, one-hot classes); cross-entropy without spectral norm
-        (2018: hinge, with it); pictures and weights are of an averaged G
-        (ema_decay)
-expect: MNIST, 20 epochs, seed 0, float32: a classifier sees the asked digit in
-        99.6 % of 10,000 samples (98.3 % in the worst class); diversity within a
-        class 0.91 (worst 0.88); after 5 epochs 98.8 % (97.6 %) and 0.95
+differs from the papers: convolutions and learned class vectors
+        (2014: fully connected layers, one-hot classes);
+        cross-entropy without spectral norm (2018: hinge, with
+        it); pictures and weights are of an averaged G (ema_decay)
+expect: MNIST, 20 epochs, seed 0, float32: a classifier sees the
+        asked digit in 99.6 % of 10,000 samples (98.3 % in the
+        worst class); diversity within a class 0.91 (worst 0.88);
+        after 5 epochs 98.8 % (97.6 %) and 0.95
 """
 
 import io
@@ -34,57 +39,59 @@ import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
-    "embedding_dim": 50,  # entries of the learned vector that stands for a class, beside z
-    "feature_maps": 16,  # channels of the layer next to the image, which double as the side halves
+    "embedding_dim": 50,  # entries of the learned vector of a class, beside z
+    "feature_maps": 16,  # channels next to the image; they double as the side halves
     "conditioning": "projection",  # concat | projection: how D sees the class
     "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
-# Your own images: a folder of them (dataset_type "folder"), or from Python any
-# torch Dataset in the place of "mnist": see `main`.
+# Your own images: a folder of them (dataset_type
+# "folder"), or from Python any torch Dataset in
+# the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 32,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
-    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 for digits, 16 for sprites, else 32
-    "horizontal_flip": False,  # mirror half of the training images at random: not for digits
+    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "allow_fallback": True,  # without data: the bundled digits, with a warning
+    "image_size": 0,  # 16 | 28 | 32 | 64; 0: 28 for digits, 16 for sprites, else 32
+    "horizontal_flip": False,  # mirror training images at random: not for digits
 }
 trainer_kwargs = {
-    "num_epochs": 20,  # may grow later: the run continues; 0 only checks settings and data
-    "generator_lr": 0.0005,  # Adam's learning rate; at 0.001 one class collapsed with seed 1
+    "num_epochs": 20,  # may grow later; 0 only checks settings and data
+    "generator_lr": 0.0005,  # Adam's rate; at 0.001 one class collapsed with seed 1
     "discriminator_lr": 0.0005,  # Adam's learning rate
-    "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
-    "precision": "float32",  # auto | float32 | bfloat16; the last was slower on two cores
-    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: no scores
+    "ema_decay": 0.999,  # shown, saved and scored is the averaged G; 0: no average
+    "precision": "float32",  # auto | float32 | bfloat16; the last was slower here
+    "score_every": 0,  # epochs between scores (see fid.py); 0: no scores
     "score_features": "classifier",  # inception | classifier; only the first gives the FID
     "output_dir": "mnist_CGAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
-    "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
-    "sample_every": 1,  # epochs between pictures and weights; also after the first and the last
+    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
+    "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
+    "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "sample_every": 1,  # epochs between pictures and weights; also the first and the last
 }
 
-# {image_size: (side of the smallest feature map, doublings from it to the image)}
+# {image_size: (side of the smallest feature
+# map, doublings from it to the image)}
 SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work. settings: {key: value}.
+    """Refuse impossible values in one line, before any work.
 
-    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
-    and training.Run check. Each refusal is a common.BadInput, which ends the
-    script with exit status 2.
+    settings: {key: value}. What is not checked here of
+    dataset_kwargs and run_kwargs, common.load_data and
+    training.Run check. A common.BadInput ends with exit status 2.
 
-    A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
-    the parameters of Trainer.__init__ too, and to both places where networks
-    are built: there, and where weights are loaded. Checkpoints that were made
-    without it are then refused.
+    A key of your own goes into trainer_kwargs and the parameters
+    of Trainer.__init__. One that shapes the networks goes into
+    model_kwargs, those parameters too, and both places where
+    networks are built: there, and where weights are loaded.
+    Checkpoints that were made without it are then refused.
     """
     for key in ("latent_dim", "embedding_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -133,8 +140,9 @@ class Generator(nn.Module):
         layers.append(nn.Tanh())  # the range of the data
         self.model = nn.Sequential(*layers)
         self.apply(init_weights)
-        # With a standard deviation of 0.2 it is five times smaller than z. With 1
-        # G ignored z, and all samples of a class were the same picture.
+        # With a standard deviation of 0.2 it is five
+        # times smaller than z. With 1 G ignored z, and
+        # all samples of a class were the same picture.
         nn.init.normal_(self.embedding.weight, 0.0, 0.2)
 
     def forward(self, z, labels):
@@ -143,7 +151,9 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels):
-        """A new image for each of `labels`, a list or tensor of class numbers."""
+        """A new image for each of `labels`,
+        a list or tensor of class numbers.
+        """
         labels = torch.as_tensor(labels, device=self.embedding.weight.device)
         whole = labels.ndim == 1 and not labels.is_floating_point()
         known = whole and ((labels >= 0) & (labels < self.num_classes)).all()
@@ -154,12 +164,14 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, C, H, W), labels (N,) -> logit (N,) of being real and of this class.
+    """Images (N, C, H, W), labels (N,) ->
+    logit (N,) of being real and of this class.
 
-    conditioning `concat`: a channel for each class is joined to the image. It
-    is all 1 for the class of the label, and all 0 for the others.
-    `projection`: the logit is psi(phi(x)) + V_y . phi(x), eq. (3) of Miyato
-    and Koyama. phi are the features of the image, without its label; a learned
+    conditioning `concat`: a channel for each class is joined to
+    the image. It is all 1 for the class of the label, and all 0
+    for the others. `projection`: the logit is
+    psi(phi(x)) + V_y . phi(x), eq. (3) of Miyato and Koyama. phi
+    are the features of the image, without its label; a learned
     direction V_y says which of them speak for class y.
     """
 
@@ -171,8 +183,8 @@ class Discriminator(nn.Module):
         down = dict(kernel_size=4, stride=2, padding=1)  # half the side
         if conditioning == "concat":
             image_channels = image_channels + num_classes
-        # The first layer has no batch norm: DCGAN's paper found that next to
-        # the pixels it makes training oscillate.
+        # The first layer has no batch norm: DCGAN's paper found
+        # that next to the pixels it makes training oscillate.
         layers = [nn.Conv2d(image_channels, width, **down)]
         # negative inputs have a slope too, so that G learns from them
         layers.append(nn.LeakyReLU(0.2))  # (N, 16, 14, 14)
@@ -213,18 +225,21 @@ def init_weights(module):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-# For another loss, change these two functions, and give another --output_dir.
-# Where D's sigmoid is no longer a probability, D(x) and D(G(z)) in `step` and the
-# titles in `draw_curves` lose their meaning.
+# For another loss, change these two functions, and give another
+# --output_dir. Where D's sigmoid is no longer a probability,
+# D(x) and D(G(z)) in `step` and the titles in `draw_curves`
+# lose their meaning.
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Cross-entropy of D in nats: the negative of eq. (1) of Goodfellow et al. 2014.
+    """Cross-entropy of D in nats:
+    the negative of eq. (1) of Goodfellow et al. 2014.
 
-    It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of the logit. Both
-    halves are means over the batch. At D = 1/2 everywhere the sum is 2 log 2
-    = 1.386. torch computes it from the logit, since the log of a sigmoid that
-    has rounded to 0 is infinite.
+    It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of
+    the logit. Both halves are means over the batch. At D = 1/2
+    everywhere the sum is 2 log 2 = 1.386. torch computes it
+    from the logit, since the log of a sigmoid that has rounded
+    to 0 is infinite.
     """
     real_targets = torch.ones_like(real_logits)
     fake_targets = torch.zeros_like(fake_logits)
@@ -234,22 +249,28 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss -log D(G(z)), mean over the batch (section 3 of Goodfellow et al.).
+    """Non-saturating loss -log D(G(z)), mean over
+    the batch (section 3 of Goodfellow et al.).
 
-    The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
-    by the logit is only as large as D(G(z)), which is near 0 just then.
+    The minimax form log(1 - D(G(z))) would hardly teach a bad G:
+    its gradient by the logit is only as large as D(G(z)), which
+    is near 0 just then.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    """Mean Euclidean distance between any two of the images (N, ...):
+    0 when all are alike.
+    """
     # on the CPU, since not every device has pdist
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
 def distance_within_classes(images, labels):
-    """{label: mean_distance of its images}, of labels with two images or more."""
+    """{label: mean_distance of its images},
+    of labels with two images or more.
+    """
     distances = {}
     for label in labels.unique().tolist():
         same = images[labels == label]
@@ -259,7 +280,9 @@ def distance_within_classes(images, labels):
 
 
 def make_networks(train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels):
-    """(generator, its average, discriminator) for images such as those of `train`."""
+    """(generator, its average, discriminator)
+    for images such as those of `train`.
+    """
     image_size, num_classes = train.pixels.shape[2], len(train.class_names)
     generator = Generator(
         latent_dim, embedding_dim, feature_maps, image_channels, image_size, num_classes
@@ -277,7 +300,8 @@ def make_networks(train, latent_dim, embedding_dim, feature_maps, conditioning, 
 
 
 def make_adam(network, lr):
-    """Adam with beta1 0.5, as in DCGAN's paper, where 0.9 made training oscillate.
+    """Adam with beta1 0.5, as in DCGAN's
+    paper, where 0.9 made training oscillate.
 
     `fused` updates all tensors of a network in one call.
     """
@@ -287,27 +311,35 @@ def make_adam(network, lr):
 class Trainer:
     """The networks, their optimisers, and the training loop.
 
-    run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on from there.
-    run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller, and is then never a recorded
-    step (see `step`). run.train_step calls `step` and keeps the scalars that it
-    returns, run.end_epoch adds a row of their means over the epoch's images to
-    the history and returns all rows, and run.save_weights writes what sampling
-    needs. run.pictures_due is true every sample_every epochs, after the first
-    and after the last. After each turn of the loop over epochs, run.epochs
-    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; a run that is killed loses the
-    epoch under way. A loss that is no longer finite ends the run.
+    run: a training.Run. What `fit` uses of it:
+    - run.epochs restores networks, optimisers, history and
+      random numbers from checkpoint.pt, if there is one, and
+      goes on from there. After each turn of the loop it writes
+      checkpoint.pt, history.csv and run.html.
+    - run.batches gives the batches of an epoch, in an order that
+      depends on seed and epoch alone. The last one may be
+      smaller, and is then never a recorded step (see `step`).
+    - run.train_step calls `step` and keeps its scalars.
+    - run.end_epoch adds a row to the history, their means over
+      the epoch's images, and returns all rows.
+    - run.pictures_due is true every sample_every epochs, after
+      the first and after the last.
+    - run.save_weights writes what sampling needs.
 
-    Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since `step` averages
-    the gradients, and run the running statistics of batch norm. All of them
-    draw, but only the first one writes and prints.
+    At Ctrl-C the step under way is finished and checkpoint.pt is
+    written; a run that is killed loses the epoch under way. A
+    loss that is no longer finite ends the run.
 
-    train: a common.Images, which lies on the device as a whole: train.pixels
-    (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
-    of index (N,) as floats in [-1, 1], and their labels.
+    Under torchrun each process trains on images of its own with
+    noise of its own. All begin with equal networks, which stay
+    equal, since `step` averages the gradients, and run the
+    running statistics of batch norm. All of them draw, but only
+    the first one writes and prints.
+
+    train: a common.Images, which lies on the device as a whole:
+    train.pixels (M, C, H, W) are all its images as uint8, and
+    train.batch(index) gives those of index (N,) as floats in
+    [-1, 1], and their labels.
     """
 
     def __init__(
@@ -335,8 +367,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # Tensors, since a recorded step (see `step`) would not notice a new number.
-        # `fit` may change them with fill_, in a continued run too.
+        # tensors, not numbers (see `step`); `fit` may
+        # change them with fill_, in a continued run too
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -351,26 +383,31 @@ class Trainer:
             self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):
-        """Inside, the networks compute in bfloat16, if `precision` says so.
+        """Inside, the networks compute in
+        bfloat16, if `precision` says so.
 
         Their weights and logits, the losses and the pictures are float32.
         """
         kind = self.train.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
 
+    # On an NVIDIA GPU the work of one call of `step` is recorded
+    # (a CUDA graph) and then repeated, with new noise but without
+    # this Python: an `if` keeps to the recorded branch, a number
+    # to its value, and .item() is an error. So keep what changes
+    # in a tensor, as the learning rate is.
     def step(self, real, labels):
-        """One step of D, then one of G. real (N, C, H, W), labels (N,); returns scalars.
+        """One step of D, then one of G.
+        real (N, C, H, W), labels (N,); returns scalars.
 
-        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
-        then repeated, with new noise but without this Python: an `if` keeps to
-        the recorded branch, a number to its value, and .item() is an error. So
-        keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor of shape () to the dict that is
-        returned; for a curve also to `panels` in draw_curves.
+        For another column in history.csv add a tensor of shape ()
+        to the dict that is returned; for a curve also to `panels`
+        in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
-        # Each half in a pass of its own: batch norm sees one kind of image at
-        # a time, as DCGAN's authors advise. Detached images teach only D.
+        # Each half in a pass of its own: batch norm
+        # sees one kind of image at a time, as DCGAN's
+        # authors advise. Detached images teach only D.
         with self.autocast():
             fake = self.generator(z, labels)  # (N, C, H, W), of the real images' classes
             real_logits = self.discriminator(real, labels)  # (N,)
@@ -378,12 +415,13 @@ class Trainer:
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        # with torchrun: the mean over all processes, a batch each; alone: nothing
+        # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt: a second `autocast`, since
-        # the first keeps the bfloat16 copies that it made of D's old weights.
+        # G is judged by the D that has just learnt: a
+        # second `autocast`, since the first keeps the
+        # bfloat16 copies that it made of D's old weights.
         with self.autocast():
             g_loss = generator_loss(self.discriminator(fake, labels))
         self.generator_optimizer.zero_grad()
@@ -400,11 +438,12 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """ema = decay ema + (1 - decay) G, for weights and for batch norm's statistics.
+        """ema = decay ema + (1 - decay) G, for
+        weights and for batch norm's statistics.
 
-        After t steps the decay is (1 + t) / (10 + t), at most ema_decay, so
-        that the first weights are soon forgotten. With 0.999 it is an average
-        over about 1000 steps.
+        After t steps the decay is (1 + t) / (10 + t), at most
+        ema_decay, so that the first weights are soon forgotten.
+        With 0.999 it is an average over about 1000 steps.
         """
         # batch norm counts the steps on the device
         t = self.generator.model[1].num_batches_tracked
@@ -416,24 +455,29 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, z, labels):
-        """z (N, latent_dim), labels (N,) -> images (N, C, H, W) in [-1, 1].
+        """z (N, latent_dim), labels (N,)
+        -> images (N, C, H, W) in [-1, 1].
 
-        They are of the averaged generator in eval mode, in which batch norm
-        does not make a picture depend on the others of its batch.
+        They are of the averaged generator in eval
+        mode, in which batch norm does not make a
+        picture depend on the others of its batch.
         """
         return self.ema_generator(z, labels)
 
     def generate(self, index):
-        """A new image for each entry of index (N,), and its label (N,), for the scorer."""
+        """A new image for each entry of index (N,),
+        and its label (N,), for the scorer.
+        """
         z = torch.randn(len(index), self.latent_dim, device=self.train.device)
         labels = index % len(self.train.class_names)
         return self.sample(z, labels), labels
 
     def diversity(self):
-        """{column: value}: how varied the images of a class are, as a mean and in the worst.
+        """{column: value}: how varied the images
+        of a class are, as a mean and in the worst.
 
-        1 is as varied as the data; towards 0 all samples of a class become
-        alike: mode collapse.
+        1 is as varied as the data; towards 0 all
+        samples of a class become alike: mode collapse.
         """
         samples = self.sample(self.fixed_z, self.fixed_labels)
         distances = distance_within_classes(samples, self.fixed_labels)
@@ -451,10 +495,10 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs, score_every,
-        precision, data_dir and the run_kwargs other than the seed may change.
-        Changed code is not noticed: then give another --output_dir, or --resume
-        false.
+        A checkpoint of other settings is refused; num_epochs,
+        score_every, precision, data_dir and the run_kwargs other
+        than the seed may change. Changed code is not noticed:
+        then give another --output_dir, or --resume false.
         """
         run = self.run
         state = {
@@ -487,7 +531,9 @@ class Trainer:
         self.draw_animation()
 
     def draw(self, name):
-        """Write samples: a row for each class, of the first fifty, and a column for each z."""
+        """Write samples: a row for each class, of
+        the first fifty, and a column for each z.
+        """
         names = self.train.class_names[:50]
         labels = torch.arange(len(names), device=self.train.device).repeat_interleave(10)
         z = self.fixed_z[:10].repeat(len(names), 1)  # (10 rows, latent_dim)
@@ -496,7 +542,9 @@ class Trainer:
         save_named_grid(self.sample(z, labels), names, title, path)
 
     def draw_curves(self, history, epoch):
-        """Write the history so far, a list of rows {column: value}, as curves."""
+        """Write the history so far, a list
+        of rows {column: value}, as curves.
+        """
         panels = {
             "loss (nats)": ["discriminator loss", "generator loss"],
             "probability of being real": ["D(x)", "D(G(z))"],
@@ -515,8 +563,8 @@ class Trainer:
     def draw_animation(self):
         """Write training.gif of the pictures of all epochs.
 
-        They are read from the disk, so that those before an interruption are
-        there too.
+        They are read from the disk, so that those
+        before an interruption are there too.
         """
         from PIL import Image
 
@@ -542,7 +590,9 @@ class Trainer:
 
 
 def save_named_grid(images, names, title, path):
-    """Write images (10 n, C, H, W) in [-1, 1] as n rows of ten, each with its name beside it."""
+    """Write images (10 n, C, H, W) in [-1, 1] as
+    n rows of ten, each with its name beside it.
+    """
     from PIL import Image, ImageDraw, ImageFont, ImageOps
     from torchvision.utils import make_grid
 
@@ -565,7 +615,8 @@ def save_named_grid(images, names, title, path):
 
 
 def load_generator(weights_path):
-    """The generator of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+    """The generator of a weights_epoch_{E}.pt.
+    Raises common.BadInput for any other file.
 
     To sample: load_generator(path).sample([2, 0, 2, 6]) gives (4, C, H, W).
     """
@@ -586,12 +637,13 @@ def load_generator(weights_path):
 def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
-    or in the dict above. It gives (image, label): a Pillow image or a tensor
-    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
-    image is brought to the network's size and channels, a tenth of them is held
-    out for testing, and `dataset.classes`, if there is such a list, names the
-    labels.
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of
+    your own, here or in the dict above. It gives (image, label):
+    a Pillow image or a tensor (C, H, W), uint8 or floats in
+    [0, 1], of any size, and an int from 0. Every image is
+    brought to the network's size and channels, a tenth of them
+    is held out for testing, and `dataset.classes`, if there is
+    such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

@@ -1,18 +1,22 @@
-"""A deep convolutional GAN (DCGAN) on CIFAR-10; also on digits, sprites and your own images.
+"""A deep convolutional GAN (DCGAN) on CIFAR-10;
+also on digits, sprites and your own images.
 
-paper:  Radford et al. 2015, Unsupervised Representation Learning with DCGANs,
-        https://arxiv.org/abs/1511.06434
+paper:  Radford et al. 2015, Unsupervised Representation
+        Learning with DCGANs, https://arxiv.org/abs/1511.06434
 run:    python main_dcgan.py --num_epochs 10        (any key below is such an option)
         torchrun --nproc_per_node=2 main_dcgan.py   (two processes, a batch each)
-writes: cifar10_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
+writes: cifar10_GAN/: generated_image_epoch_{E}.png,
+        train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C (the same command
-        continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C
+        (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
-differs from the paper: batches of 16 (there: 128) and a normal z (there:
-        uniform); pictures and weights are of an averaged G (ema_decay)
-expect: CIFAR-10, 10 epochs, seed 0, float32: shapes of cars, birds, ships; D(x)
-        0.75, D(G(z)) 0.25, diversity 0.98; 43 min on one core of an AMD EPYC
+differs from the paper: batches of 16 (there: 128)
+        and a normal z (there: uniform); pictures
+        and weights are of an averaged G (ema_decay)
+expect: CIFAR-10, 10 epochs, seed 0, float32: shapes of
+        cars, birds, ships; D(x) 0.75, D(G(z)) 0.25,
+        diversity 0.98; 43 min on one core of an AMD EPYC
 """
 
 from pathlib import Path
@@ -27,55 +31,57 @@ import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
-    "feature_maps": 64,  # channels of the layer next to the image, which double as the side halves
+    "feature_maps": 64,  # channels next to the image; they double as the side halves
     "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
-# Your own images: a folder of them (dataset_type "folder"), or from Python any
-# torch Dataset in the place of "cifar10": see `main`.
+# Your own images: a folder of them (dataset_type
+# "folder"), or from Python any torch Dataset in
+# the place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
-    "image_size": 0,  # 16 | 28 | 32 | 64 pixels a side; 0: 28 for digits, 16 for sprites, else 32
-    "horizontal_flip": False,  # mirror half of the training images at random: not for digits
+    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "allow_fallback": True,  # without data: the bundled digits, with a warning
+    "image_size": 0,  # 16 | 28 | 32 | 64; 0: 28 for digits, 16 for sprites, else 32
+    "horizontal_flip": False,  # mirror training images at random: not for digits
 }
 trainer_kwargs = {
-    "num_epochs": 200,  # may grow later: the run continues; 0 only checks settings and data
+    "num_epochs": 200,  # may grow later; 0 only checks settings and data
     "generator_lr": 0.0002,  # Adam's learning rate, the paper's
     "discriminator_lr": 0.0002,  # Adam's learning rate, the paper's
-    "ema_decay": 0.999,  # pictures, weights and scores are of the averaged G; 0: no average
+    "ema_decay": 0.999,  # shown, saved and scored is the averaged G; 0: no average
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: no scores
+    "score_every": 0,  # epochs between scores (see fid.py); 0: no scores
     "score_features": "classifier",  # inception | classifier; only the first gives the FID
     "output_dir": "cifar10_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
-    "num_threads": 0,  # CPU threads; 0: torch's choice, all cores, which is right for convolutions
-    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
-    "sample_every": 50,  # epochs between pictures and weights; also after the first and the last
+    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
+    "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
+    "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "sample_every": 50,  # epochs between pictures and weights; also the first and the last
 }
 
-# {image_size: (side of the smallest feature map, doublings from it to the image)}
+# {image_size: (side of the smallest feature
+# map, doublings from it to the image)}
 SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work. settings: {key: value}.
+    """Refuse impossible values in one line, before any work.
 
-    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
-    and training.Run check. Each refusal is a common.BadInput, which ends the
-    script with exit status 2.
+    settings: {key: value}. What is not checked here of
+    dataset_kwargs and run_kwargs, common.load_data and
+    training.Run check. A common.BadInput ends with exit status 2.
 
-    A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
-    the parameters of Trainer.__init__ too, and to both places where networks
-    are built: there, and where weights are loaded. Checkpoints that were made
-    without it are then refused.
+    A key of your own goes into trainer_kwargs and the parameters
+    of Trainer.__init__. One that shapes the networks goes into
+    model_kwargs, those parameters too, and both places where
+    networks are built: there, and where weights are loaded.
+    Checkpoints that were made without it are then refused.
     """
     for key in ("latent_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -123,15 +129,17 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (N, C, H, W) -> logit (N,): its sigmoid is the probability of real."""
+    """Images (N, C, H, W) -> logit (N,):
+    its sigmoid is the probability of real.
+    """
 
     def __init__(self, feature_maps, image_channels, image_size):
         super().__init__()
         side, halvings = SIDES[image_size]
         width = feature_maps
         down = dict(kernel_size=4, stride=2, padding=1)  # half the side
-        # The first layer has no batch norm: DCGAN's paper found that next to
-        # the pixels it makes training oscillate.
+        # The first layer has no batch norm: DCGAN's paper found
+        # that next to the pixels it makes training oscillate.
         layers = [nn.Conv2d(image_channels, width, **down)]
         # negative inputs have a slope too, so that G learns from them
         layers.append(nn.LeakyReLU(0.2))  # (N, 64, 16, 16)
@@ -149,7 +157,8 @@ class Discriminator(nn.Module):
 
 
 def init_weights(module):
-    """Weights of convolutions from N(0, 0.02^2), as the paper says (section 4).
+    """Weights of convolutions from
+    N(0, 0.02^2), as the paper says (section 4).
 
     The scales of batch norm from N(1, 0.02^2), as in its authors' code.
     """
@@ -159,18 +168,21 @@ def init_weights(module):
         nn.init.normal_(module.weight, 1.0, 0.02)
 
 
-# For another loss, change these two functions, and give another --output_dir.
-# Where D's sigmoid is no longer a probability, D(x) and D(G(z)) in `step` and the
-# titles in `draw_curves` lose their meaning.
+# For another loss, change these two functions, and give another
+# --output_dir. Where D's sigmoid is no longer a probability,
+# D(x) and D(G(z)) in `step` and the titles in `draw_curves`
+# lose their meaning.
 
 
 def discriminator_loss(real_logits, fake_logits):
-    """Cross-entropy of D in nats: the negative of eq. (1) of Goodfellow et al. 2014.
+    """Cross-entropy of D in nats:
+    the negative of eq. (1) of Goodfellow et al. 2014.
 
-    It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of the logit. Both
-    halves are means over the batch. At D = 1/2 everywhere the sum is 2 log 2
-    = 1.386. torch computes it from the logit, since the log of a sigmoid that
-    has rounded to 0 is infinite.
+    It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of
+    the logit. Both halves are means over the batch. At D = 1/2
+    everywhere the sum is 2 log 2 = 1.386. torch computes it
+    from the logit, since the log of a sigmoid that has rounded
+    to 0 is infinite.
     """
     real_targets = torch.ones_like(real_logits)
     fake_targets = torch.zeros_like(fake_logits)
@@ -180,22 +192,28 @@ def discriminator_loss(real_logits, fake_logits):
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss -log D(G(z)), mean over the batch (section 3 of Goodfellow et al.).
+    """Non-saturating loss -log D(G(z)), mean over
+    the batch (section 3 of Goodfellow et al.).
 
-    The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
-    by the logit is only as large as D(G(z)), which is near 0 just then.
+    The minimax form log(1 - D(G(z))) would hardly teach a bad G:
+    its gradient by the logit is only as large as D(G(z)), which
+    is near 0 just then.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    """Mean Euclidean distance between any two of the images (N, ...):
+    0 when all are alike.
+    """
     # on the CPU, since not every device has pdist
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
 def make_networks(train, latent_dim, feature_maps, image_channels):
-    """(generator, its average, discriminator) for images such as those of `train`."""
+    """(generator, its average, discriminator)
+    for images such as those of `train`.
+    """
     image_size = train.pixels.shape[2]
     generator = Generator(latent_dim, feature_maps, image_channels, image_size)
     ema_generator = Generator(latent_dim, feature_maps, image_channels, image_size)
@@ -207,7 +225,8 @@ def make_networks(train, latent_dim, feature_maps, image_channels):
 
 
 def make_adam(network, lr):
-    """Adam with beta1 0.5, as in DCGAN's paper, where 0.9 made training oscillate.
+    """Adam with beta1 0.5, as in DCGAN's
+    paper, where 0.9 made training oscillate.
 
     `fused` updates all tensors of a network in one call.
     """
@@ -217,27 +236,35 @@ def make_adam(network, lr):
 class Trainer:
     """The networks, their optimisers, and the training loop.
 
-    run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on from there.
-    run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller, and is then never a recorded
-    step (see `step`). run.train_step calls `step` and keeps the scalars that it
-    returns, run.end_epoch adds a row of their means over the epoch's images to
-    the history and returns all rows, and run.save_weights writes what sampling
-    needs. run.pictures_due is true every sample_every epochs, after the first
-    and after the last. After each turn of the loop over epochs, run.epochs
-    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; a run that is killed loses the
-    epoch under way. A loss that is no longer finite ends the run.
+    run: a training.Run. What `fit` uses of it:
+    - run.epochs restores networks, optimisers, history and
+      random numbers from checkpoint.pt, if there is one, and
+      goes on from there. After each turn of the loop it writes
+      checkpoint.pt, history.csv and run.html.
+    - run.batches gives the batches of an epoch, in an order that
+      depends on seed and epoch alone. The last one may be
+      smaller, and is then never a recorded step (see `step`).
+    - run.train_step calls `step` and keeps its scalars.
+    - run.end_epoch adds a row to the history, their means over
+      the epoch's images, and returns all rows.
+    - run.pictures_due is true every sample_every epochs, after
+      the first and after the last.
+    - run.save_weights writes what sampling needs.
 
-    Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since `step` averages
-    the gradients, and run the running statistics of batch norm. All of them
-    draw, but only the first one writes and prints.
+    At Ctrl-C the step under way is finished and checkpoint.pt is
+    written; a run that is killed loses the epoch under way. A
+    loss that is no longer finite ends the run.
 
-    train: a common.Images, which lies on the device as a whole: train.pixels
-    (M, C, H, W) are all its images as uint8, and train.batch(index) gives those
-    of index (N,) as floats in [-1, 1], and their labels.
+    Under torchrun each process trains on images of its own with
+    noise of its own. All begin with equal networks, which stay
+    equal, since `step` averages the gradients, and run the
+    running statistics of batch norm. All of them draw, but only
+    the first one writes and prints.
+
+    train: a common.Images, which lies on the device as a whole:
+    train.pixels (M, C, H, W) are all its images as uint8, and
+    train.batch(index) gives those of index (N,) as floats in
+    [-1, 1], and their labels.
     """
 
     def __init__(
@@ -264,8 +291,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # Tensors, since a recorded step (see `step`) would not notice a new number.
-        # `fit` may change them with fill_, in a continued run too.
+        # tensors, not numbers (see `step`); `fit` may
+        # change them with fill_, in a continued run too
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -279,26 +306,31 @@ class Trainer:
             self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):
-        """Inside, the networks compute in bfloat16, if `precision` says so.
+        """Inside, the networks compute in
+        bfloat16, if `precision` says so.
 
         Their weights and logits, the losses and the pictures are float32.
         """
         kind = self.train.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
 
+    # On an NVIDIA GPU the work of one call of `step` is recorded
+    # (a CUDA graph) and then repeated, with new noise but without
+    # this Python: an `if` keeps to the recorded branch, a number
+    # to its value, and .item() is an error. So keep what changes
+    # in a tensor, as the learning rate is.
     def step(self, real):
-        """One step of D, then one of G. real (N, C, H, W) in [-1, 1]; returns scalars.
+        """One step of D, then one of G. real (N, C, H, W) in [-1, 1];
+        returns scalars.
 
-        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
-        then repeated, with new noise but without this Python: an `if` keeps to
-        the recorded branch, a number to its value, and .item() is an error. So
-        keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor of shape () to the dict that is
-        returned; for a curve also to `panels` in draw_curves.
+        For another column in history.csv add a tensor of shape ()
+        to the dict that is returned; for a curve also to `panels`
+        in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
-        # Each half in a pass of its own: batch norm sees one kind of image at
-        # a time, as DCGAN's authors advise. Detached images teach only D.
+        # Each half in a pass of its own: batch norm
+        # sees one kind of image at a time, as DCGAN's
+        # authors advise. Detached images teach only D.
         with self.autocast():
             fake = self.generator(z)  # (N, C, H, W)
             real_logits = self.discriminator(real)  # (N,)
@@ -306,12 +338,13 @@ class Trainer:
         d_loss = discriminator_loss(real_logits, fake_logits)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        # with torchrun: the mean over all processes, a batch each; alone: nothing
+        # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt: a second `autocast`, since
-        # the first keeps the bfloat16 copies that it made of D's old weights.
+        # G is judged by the D that has just learnt: a
+        # second `autocast`, since the first keeps the
+        # bfloat16 copies that it made of D's old weights.
         with self.autocast():
             g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
@@ -328,11 +361,12 @@ class Trainer:
 
     @torch.no_grad()
     def update_ema(self):
-        """ema = decay ema + (1 - decay) G, for weights and for batch norm's statistics.
+        """ema = decay ema + (1 - decay) G, for
+        weights and for batch norm's statistics.
 
-        After t steps the decay is (1 + t) / (10 + t), at most ema_decay, so
-        that the first weights are soon forgotten. With 0.999 it is an average
-        over about 1000 steps.
+        After t steps the decay is (1 + t) / (10 + t), at most
+        ema_decay, so that the first weights are soon forgotten.
+        With 0.999 it is an average over about 1000 steps.
         """
         # batch norm counts the steps on the device
         t = self.generator.model[1].num_batches_tracked
@@ -346,8 +380,9 @@ class Trainer:
     def sample(self, z):
         """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1].
 
-        They are of the averaged generator in eval mode, in which batch norm
-        does not make a picture depend on the others of its batch.
+        They are of the averaged generator in eval
+        mode, in which batch norm does not make a
+        picture depend on the others of its batch.
         """
         return self.ema_generator(z)
 
@@ -359,10 +394,10 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs, score_every,
-        precision, data_dir and the run_kwargs other than the seed may change.
-        Changed code is not noticed: then give another --output_dir, or --resume
-        false.
+        A checkpoint of other settings is refused; num_epochs,
+        score_every, precision, data_dir and the run_kwargs other
+        than the seed may change. Changed code is not noticed:
+        then give another --output_dir, or --resume false.
         """
         run = self.run
         state = {
@@ -384,7 +419,7 @@ class Trainer:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1: as varied as the data; towards 0: all alike (mode collapse); above 1: noise
+            # 1: as varied as the data; towards 0: all alike (collapse); above 1: noise
             diversity = mean_distance(samples) / self.real_distance
             # for another column, measured once an epoch, add it to this dict
             measured = {"diversity": diversity}
@@ -397,12 +432,16 @@ class Trainer:
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.ema_generator)
 
     def draw(self, name):
-        """Write sixty-four samples as generated_image_epoch_{name}.png."""
+        """Write sixty-four samples as
+        generated_image_epoch_{name}.png.
+        """
         samples = self.sample(self.fixed_z[:64])
         common.save_grid(samples, self.folder / f"generated_image_epoch_{name}.png", columns=8)
 
     def draw_curves(self, history, epoch):
-        """Write the history so far, a list of rows {column: value}, as curves."""
+        """Write the history so far, a list
+        of rows {column: value}, as curves.
+        """
         panels = {
             "loss (nats)": ["discriminator loss", "generator loss"],
             "probability of being real": ["D(x)", "D(G(z))"],
@@ -416,7 +455,8 @@ class Trainer:
 
 
 def load_generator(weights_path):
-    """The generator of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+    """The generator of a weights_epoch_{E}.pt.
+    Raises common.BadInput for any other file.
 
     To sample: load_generator(path)(torch.randn(16, 100)) gives (16, C, H, W).
     """
@@ -430,12 +470,13 @@ def load_generator(weights_path):
 def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
-    or in the dict above. It gives (image, label): a Pillow image or a tensor
-    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
-    image is brought to the network's size and channels, a tenth of them is held
-    out for testing, and `dataset.classes`, if there is such a list, names the
-    labels.
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of
+    your own, here or in the dict above. It gives (image, label):
+    a Pillow image or a tensor (C, H, W), uint8 or floats in
+    [0, 1], of any size, and an int from 0. Every image is
+    brought to the network's size and channels, a tenth of them
+    is held out for testing, and `dataset.classes`, if there is
+    such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

@@ -1,20 +1,24 @@
-"""A fully connected GAN on MNIST: the smallest adversarial pair that draws digits.
+"""A fully connected GAN on MNIST:
+the smallest adversarial pair that draws digits.
 
-paper:  Goodfellow et al. 2014, Generative Adversarial Nets, https://arxiv.org/abs/1406.2661
+paper:  Goodfellow et al. 2014, Generative Adversarial
+        Nets, https://arxiv.org/abs/1406.2661
 run:    python main_gan.py --num_epochs 20          (any key below is such an option)
         python main_gan.py --resume false           (start over)
         torchrun --nproc_per_node=2 main_gan.py     (two processes, a batch each)
-writes: mnist_GAN/: generated_image_epoch_{E}.png, train_loss_curve_{E}.png, history.csv,
+writes: mnist_GAN/: generated_image_epoch_{E}.png,
+        train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C (the same command
-        continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C
+        (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
-differs from the paper: LeakyReLU and no dropout in D (there: maxout, dropout)
-        and Adam (there: momentum), as most GANs have it since; smoothed labels
-        and He weights in G, whose reasons stand beside them
-expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.62, D(G(z)) 0.38,
-        diversity 0.97 (see `fit`), losses 1.18 and 1.22; 3.4 min on one core of
-        an AMD EPYC
+differs from the paper: LeakyReLU and no dropout in D (there:
+        maxout, dropout) and Adam (there: momentum), as most GANs
+        have it since; smoothed labels and He weights in G, whose
+        reasons stand beside them
+expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.62,
+        D(G(z)) 0.38, diversity 0.97 (see `fit`), losses 1.18
+        and 1.22; 3.4 min on one core of an AMD EPYC
 """
 
 import math
@@ -33,45 +37,46 @@ model_kwargs = {
     "generator_hidden_size": 256,  # width of the generator's two hidden layers
     "image_size": 784,  # pixels of a flattened grey image: 784 is 28 x 28
 }
-# Your own images: a folder of them (dataset_type "folder"), or from Python any
-# torch Dataset in the place of "mnist": see `main`.
+# Your own images: a folder of them (dataset_type
+# "folder"), or from Python any torch Dataset in
+# the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
+    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "allow_fallback": True,  # without data: the bundled digits, with a warning
 }
 trainer_kwargs = {
-    "num_epochs": 200,  # may grow later: the run continues; 0 only checks settings and data
+    "num_epochs": 200,  # may grow later; 0 only checks settings and data
     "generator_lr": 0.0002,  # Adam's learning rate
     "discriminator_lr": 0.0002,  # Adam's learning rate
-    "real_label": 0.9,  # target for real images; below 1 (label smoothing) D does not grow too sure
+    "real_label": 0.9,  # target for real images; below 1, D does not grow too sure
     "fake_label": 0.1,  # target for generated images, above 0 for the same reason
     "output_dir": "mnist_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
-    "num_threads": 1,  # CPU threads; layers this small gain little from a second; 0: torch's choice
-    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
-    "sample_every": 50,  # epochs between pictures and weights; also after the first and the last
+    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
+    "num_threads": 1,  # CPU threads; a second gains little here; 0: all cores
+    "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "sample_every": 50,  # epochs between pictures and weights; also the first and the last
 }
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work. settings: {key: value}.
+    """Refuse impossible values in one line, before any work.
 
-    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
-    and training.Run check. Each refusal is a common.BadInput, which ends the
-    script with exit status 2.
+    settings: {key: value}. What is not checked here of
+    dataset_kwargs and run_kwargs, common.load_data and
+    training.Run check. A common.BadInput ends with exit status 2.
 
-    A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
-    the parameters of Trainer.__init__ too, and to both places where networks
-    are built: there, and where weights are loaded. Checkpoints that were made
-    without it are then refused.
+    A key of your own goes into trainer_kwargs and the parameters
+    of Trainer.__init__. One that shapes the networks goes into
+    model_kwargs, those parameters too, and both places where
+    networks are built: there, and where weights are loaded.
+    Checkpoints that were made without it are then refused.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -87,7 +92,9 @@ def check_settings(settings):
 
 
 class Generator(nn.Module):
-    """z (N, latent_variable_size) -> flattened image (N, image_size) in [-1, 1]."""
+    """z (N, latent_variable_size) -> flattened
+    image (N, image_size) in [-1, 1].
+    """
 
     def __init__(self, latent_variable_size, generator_hidden_size, image_size):
         super().__init__()
@@ -101,10 +108,12 @@ class Generator(nn.Module):
         )
         for layer in self.model:
             if isinstance(layer, nn.Linear):
-                # He et al. 2015. With torch's own weights, 2.4 times smaller, D
-                # soon told real from generated images for sure, on MNIST, and the
-                # samples became alike: a diversity (see `fit`) of 0.00001 at epoch
-                # 13. With He's it was 0.92 at epoch 4. D keeps torch's.
+                # He et al. 2015. With torch's own weights, 2.4
+                # times smaller, D soon told real from
+                # generated images for sure, on MNIST, and the
+                # samples became alike: a diversity (see `fit`)
+                # of 0.00001 at epoch 13. With He's it was 0.92
+                # at epoch 4. D keeps torch's.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -113,7 +122,9 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Flattened image (N, image_size) -> logit (N,): its sigmoid is the probability of real."""
+    """Flattened image (N, image_size) -> logit (N,):
+    its sigmoid is the probability of real.
+    """
 
     def __init__(self, image_size, discriminator_hidden_size):
         super().__init__()
@@ -130,23 +141,27 @@ class Discriminator(nn.Module):
         return self.model(x).squeeze(1)
 
 
-# For another loss, change these two functions, and give another --output_dir.
-# Where D's sigmoid is no longer a probability, D(x) and D(G(z)) in `step` and the
-# titles in `draw_curves` lose their meaning, and perhaps both labels, too.
+# For another loss, change these two functions, and give another
+# --output_dir. Where D's sigmoid is no longer a probability, D(x)
+# and D(G(z)) in `step` and the titles in `draw_curves` lose their
+# meaning, and perhaps both labels, too.
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
     """Cross-entropy of D in nats (natural logarithms).
 
-    With targets 1 and 0 it is the negative of the paper's eq. (1), the game:
-    min over G, max over D of E[log D(x)] + E[log(1 - D(G(z)))], for images x
-    of the data and z ~ N(0, I).
+    With targets 1 and 0 it is the negative of the paper's
+    eq. (1), the game: min over G, max over D of
+    E[log D(x)] + E[log(1 - D(G(z)))], for images x of the data
+    and z ~ N(0, I).
 
-    For a target t the loss is -t log D - (1 - t) log(1 - D), with D the sigmoid
-    of the logit. Both halves are means over the batch. At D = 1/2 everywhere the
-    sum is 2 log 2 = 1.386, whatever the targets. With 0.9 and 0.1 it cannot
-    fall below 0.650, where D answers 0.9 and 0.1. torch computes it from the
-    logit, since the log of a sigmoid that has rounded to 0 is infinite.
+    For a target t the loss is -t log D - (1 - t) log(1 - D),
+    with D the sigmoid of the logit. Both halves are means over
+    the batch. At D = 1/2 everywhere the sum is 2 log 2 = 1.386,
+    whatever the targets. With 0.9 and 0.1 it cannot fall below
+    0.650, where D answers 0.9 and 0.1. torch computes it from
+    the logit, since the log of a sigmoid that has rounded to 0
+    is infinite.
     """
     real_targets = torch.full_like(real_logits, real_label)
     fake_targets = torch.full_like(fake_logits, fake_label)
@@ -156,23 +171,28 @@ def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
 
 
 def generator_loss(fake_logits):
-    """Non-saturating loss -log D(G(z)), mean over the batch (end of section 3 of the paper).
+    """Non-saturating loss -log D(G(z)), mean over
+    the batch (end of section 3 of the paper).
 
-    The minimax form log(1 - D(G(z))) would hardly teach a bad G: its gradient
-    by the logit is only as large as D(G(z)), which is near 0 just then. The
-    target is 1 and not real_label, since smoothing is to restrain D alone.
+    The minimax form log(1 - D(G(z))) would hardly teach a bad G:
+    its gradient by the logit is only as large as D(G(z)), which
+    is near 0 just then. The target is 1 and not real_label, since
+    smoothing is to restrain D alone.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...): 0 when all are alike."""
+    """Mean Euclidean distance between any two of the images (N, ...):
+    0 when all are alike.
+    """
     # on the CPU, since not every device has pdist
     return F.pdist(images.flatten(1).cpu()).mean().item()
 
 
 def make_adam(network, lr):
-    """Adam with beta1 0.5, as in DCGAN's paper, where 0.9 made training oscillate.
+    """Adam with beta1 0.5, as in DCGAN's
+    paper, where 0.9 made training oscillate.
 
     lr: a tensor. `fused` updates all tensors of the network in one call.
     """
@@ -182,27 +202,35 @@ def make_adam(network, lr):
 class Trainer:
     """Both networks, their optimisers, and the training loop.
 
-    run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on from there.
-    run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller, and is then never a recorded
-    step (see `step`). run.train_step calls `step` and keeps the scalars that it
-    returns, run.end_epoch adds a row of their means over the epoch's images to
-    the history and returns all rows, and run.save_weights writes what sampling
-    needs. run.pictures_due is true every sample_every epochs, after the first
-    and after the last. After each turn of the loop over epochs, run.epochs
-    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; a run that is killed loses the
-    epoch under way. A loss that is no longer finite ends the run.
+    run: a training.Run. What `fit` uses of it:
+    - run.epochs restores networks, optimisers, history and
+      random numbers from checkpoint.pt, if there is one, and
+      goes on from there. After each turn of the loop it writes
+      checkpoint.pt, history.csv and run.html.
+    - run.batches gives the batches of an epoch, in an order that
+      depends on seed and epoch alone. The last one may be
+      smaller, and is then never a recorded step (see `step`).
+    - run.train_step calls `step` and keeps its scalars.
+    - run.end_epoch adds a row to the history, their means over
+      the epoch's images, and returns all rows.
+    - run.pictures_due is true every sample_every epochs, after
+      the first and after the last.
+    - run.save_weights writes what sampling needs.
 
-    Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since gradients are
-    averaged. All of them draw, but only the first one writes and prints.
+    At Ctrl-C the step under way is finished and checkpoint.pt is
+    written; a run that is killed loses the epoch under way. A
+    loss that is no longer finite ends the run.
 
-    train: a common.Images, which lies on the device as a whole: train.pixels
-    (M, 1, H, W) are all its images as uint8, and train.batch(index) gives those
-    of index (N,) as floats in [-1, 1], and their labels. All is computed in
-    float32: in bfloat16 a step of these small layers took 1.12 times as long.
+    Under torchrun each process trains on images of its own with
+    noise of its own. All begin with equal networks, which stay
+    equal, since gradients are averaged. All of them draw, but
+    only the first one writes and prints.
+
+    train: a common.Images, which lies on the device as a whole:
+    train.pixels (M, 1, H, W) are all its images as uint8, and
+    train.batch(index) gives those of index (N,) as floats in
+    [-1, 1], and their labels. All is computed in float32: in
+    bfloat16 a step of these small layers took 1.12 times as long.
     """
 
     def __init__(
@@ -229,44 +257,49 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, since a recorded step (see `step`) would not notice a new number.
-        # `fit` may change them with fill_, in a continued run too.
+        # tensors, not numbers (see `step`); `fit` may
+        # change them with fill_, in a continued run too
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # The same in every epoch, so that epochs can be compared: 16 for the
-        # pictures, all 500 for the diversity, which is measured against real images.
+        # The same in every epoch, so that epochs can be
+        # compared: 16 for the pictures, all 500 for the
+        # diversity, which is measured against real images.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
         self.real_distance = mean_distance(real_images)
 
+    # On an NVIDIA GPU the work of one call of `step` is recorded
+    # (a CUDA graph) and then repeated, with new noise but without
+    # this Python: an `if` keeps to the recorded branch, a number
+    # to its value, and .item() is an error. So keep what changes
+    # in a tensor, as the learning rate is.
     def step(self, real):
-        """One step of D, then one of G. real (N, image_size) in [-1, 1]; returns scalars.
+        """One step of D, then one of G.
+        real (N, image_size) in [-1, 1]; returns scalars.
 
-        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
-        then repeated, with new noise but without this Python: an `if` keeps to
-        the recorded branch, a number to its value, and .item() is an error. So
-        keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor of shape () to the dict that is
-        returned; for a curve also to `panels` in draw_curves.
+        For another column in history.csv add a tensor of shape ()
+        to the dict that is returned; for a curve also to `panels`
+        in draw_curves.
         """
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
 
-        # Both kinds of images pass D together, since it has no batch norm that would
-        # mix them. With detach, d_loss sends no gradient to G.
+        # Both kinds of images pass D together, since
+        # it has no batch norm that would mix them.
+        # With detach, d_loss sends no gradient to G.
         logits = self.discriminator(torch.cat([real, fake.detach()]))  # (2N,)
         real_logits, fake_logits = logits.chunk(2)  # (N,) each
         d_loss = discriminator_loss(real_logits, fake_logits, self.real_label, self.fake_label)
         self.discriminator_optimizer.zero_grad()
         d_loss.backward()
-        # with torchrun: the mean over all processes, a batch each; alone: nothing
+        # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt. With `inputs` only G's
-        # weights get gradients, not D's.
+        # G is judged by the D that has just learnt. With
+        # `inputs` only G's weights get gradients, not D's.
         g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
         g_loss.backward(inputs=list(self.generator.parameters()))
@@ -282,19 +315,21 @@ class Trainer:
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_variable_size) -> grey images (N, 1, H, W) in [-1, 1].
+        """z (N, latent_variable_size) ->
+        grey images (N, 1, H, W) in [-1, 1].
 
-        There is no dropout and no batch norm, so eval mode would make no
-        difference.
+        There is no dropout and no batch norm,
+        so eval mode would make no difference.
         """
         return self.generator(z).unflatten(1, self.train.pixels.shape[1:])
 
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs, data_dir and the
-        run_kwargs other than the seed may change. Changed code is not noticed:
-        then give another --output_dir, or --resume false.
+        A checkpoint of other settings is refused; num_epochs,
+        data_dir and the run_kwargs other than the seed may
+        change. Changed code is not noticed: then give another
+        --output_dir, or --resume false.
         """
         run = self.run
         state = {
@@ -315,7 +350,7 @@ class Trainer:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
-            # 1: as varied as the data; towards 0: all alike (mode collapse); above 1: noise
+            # 1: as varied as the data; towards 0: all alike (collapse); above 1: noise
             diversity = mean_distance(samples) / self.real_distance
             # for another column, measured once an epoch, add it to this dict
             history = run.end_epoch({"diversity": diversity})
@@ -330,7 +365,9 @@ class Trainer:
         common.save_grid(samples, self.folder / f"generated_image_epoch_{name}.png", columns=4)
 
     def draw_curves(self, history, epoch):
-        """Write the history so far, a list of rows {column: value}, as curves."""
+        """Write the history so far, a list
+        of rows {column: value}, as curves.
+        """
         panels = {
             "loss (nats)": ["discriminator loss", "generator loss"],
             "probability of being real": ["D(x)", "D(G(z))"],
@@ -341,10 +378,12 @@ class Trainer:
 
 
 def load_generator(weights_path):
-    """The generator of a weights_epoch_{E}.pt. Raises common.BadInput for any other file.
+    """The generator of a weights_epoch_{E}.pt.
+    Raises common.BadInput for any other file.
 
-    To sample: load_generator(path)(torch.randn(16, 64)) gives (16, 784) in
-    [-1, 1], each 28 x 28; common.save_grid draws them as (16, 1, 28, 28).
+    To sample: load_generator(path)(torch.randn(16, 64))
+    gives (16, 784) in [-1, 1], each 28 x 28;
+    common.save_grid draws them as (16, 1, 28, 28).
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     kwargs = weights["model_kwargs"]
@@ -358,12 +397,13 @@ def load_generator(weights_path):
 def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
-    or in the dict above. It gives (image, label): a Pillow image or a tensor
-    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
-    image is brought to the network's size and channels, a tenth of them is held
-    out for testing, and `dataset.classes`, if there is such a list, names the
-    labels.
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of
+    your own, here or in the dict above. It gives (image, label):
+    a Pillow image or a tensor (C, H, W), uint8 or floats in
+    [0, 1], of any size, and an int from 0. Every image is
+    brought to the network's size and channels, a tenth of them
+    is held out for testing, and `dataset.classes`, if there is
+    such a list, names the labels.
     """
     check_settings({**model_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)

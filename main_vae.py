@@ -1,21 +1,27 @@
-"""A fully connected variational autoencoder (VAE) on MNIST: each pixel is a coin, ink or none.
+"""A fully connected variational autoencoder (VAE) on MNIST:
+each pixel is a coin, ink or none.
 
-paper:  Kingma and Welling 2013, Auto-Encoding Variational Bayes, https://arxiv.org/abs/1312.6114
-        Burda et al. 2015, Importance Weighted Autoencoders, https://arxiv.org/abs/1509.00519
+paper:  Kingma and Welling 2013, Auto-Encoding Variational
+        Bayes, https://arxiv.org/abs/1312.6114
+        Burda et al. 2015, Importance Weighted Autoencoders,
+        https://arxiv.org/abs/1509.00519
         (the bound that is measured at the end)
 run:    python main_vae.py                  (any key below is an option: --num_epochs 20)
         torchrun --nproc_per_node=2 main_vae.py   (two processes, a batch each)
-writes: mnist_VAE/: generated_image_epoch_{E}.png, reconstruction_epoch_{E}.png,
+writes: mnist_VAE/: generated_image_epoch_{E}.png,
+        reconstruction_epoch_{E}.png,
         train_loss_curve_{E}.png, history.csv,
         run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C (the same command
-        continues from it),
+        checkpoint.pt, after every epoch and at Ctrl-C
+        (the same command continues from it),
         weights_epoch_{E}.pt (for sampling)
-differs from the paper: two hidden layers of 1024 ReLU (there: one of 500,
-        tanh), Adam with a rate that halves (there: Adagrad), He weights
-expect: MNIST, 50 epochs, seed 0, bfloat16: test loss 96.9 nats per image (below
-        100 from epoch 15 on), KL 24.3, log p(x) >= -93.4 with 50 samples; 16
-        min on one core of an AMD EPYC
+differs from the paper: two hidden layers of 1024
+        ReLU (there: one of 500, tanh), Adam with a
+        rate that halves (there: Adagrad), He weights
+expect: MNIST, 50 epochs, seed 0, bfloat16: test loss
+        96.9 nats per image (below 100 from epoch 15 on), KL
+        24.3, log p(x) >= -93.4 with 50 samples; 16 min on
+        one core of an AMD EPYC
 """
 
 import math
@@ -30,50 +36,51 @@ import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "hidden_size": 1024,  # width of the two hidden layers of encoder and decoder
-    "latent_dim": 32,  # entries of z; after 50 epochs 23 are in use, the others are only noise
+    "latent_dim": 32,  # entries of z; of 32, 23 are in use after 50 epochs
     "image_size": 784,  # pixels of a flattened grey image: 784 is 28 x 28
 }
-# Your own images: a folder of them (dataset_type "folder"), or from Python any
-# torch Dataset in the place of "mnist": see `main`.
+# Your own images: a folder of them (dataset_type
+# "folder"), or from Python any torch Dataset in
+# the place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 128,  # images a step, in each process; 16 is slow: each step rewrites all weights
+    "batch_size": 128,  # images a step, in each process; 16 is slow
     "shuffle": True,  # a new order every epoch
-    "normalize": False,  # pixels in [0, 1], which the likelihood needs; true ([-1, 1]) is refused
-    "data_dir": "data",  # where the data lie or are downloaded to; for folder, your own images
-    "allow_fallback": True,  # train on the bundled digits, with a warning, if there are no data
-    "exclude_class": -1,  # a label to leave out, for detect_vae_anomalies.py to find; -1 keeps all
+    "normalize": False,  # pixels in [0, 1], which the likelihood needs
+    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "allow_fallback": True,  # without data: the bundled digits, with a warning
+    "exclude_class": -1,  # a label to leave out (detect_vae_anomalies.py); -1: none
 }
 trainer_kwargs = {
-    "num_epochs": 50,  # may grow later: the run continues; 0 only checks settings and data
+    "num_epochs": 50,  # may grow later; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate in the first epoch
-    "lr_half_life": 10.0,  # epochs in which the learning rate halves; 0 keeps it constant
+    "lr_half_life": 10.0,  # epochs in which the rate halves; 0 keeps it constant
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "iwae_samples": 50,  # samples per image of the bound after the last epoch; 0 leaves it out
+    "iwae_samples": 50,  # samples per image of the final bound; 0 leaves it out
     "output_dir": "mnist_VAE",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise; the same numbers again on a CPU, not quite on a GPU
-    "device": "auto",  # auto takes cuda, else mps, else cpu; or name one, such as cuda:1
+    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
-    "cuda_graph": True,  # on an NVIDIA GPU record one step and replay it: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt (same settings); false moves it away and starts over
-    "sample_every": 10,  # epochs between pictures and weights; also after the first and the last
+    "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
+    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "sample_every": 10,  # epochs between pictures and weights; also the first and the last
 }
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work. settings: {key: value}.
+    """Refuse impossible values in one line, before any work.
 
-    What is not checked here of dataset_kwargs and run_kwargs, common.load_data
-    and training.Run check. Each refusal is a common.BadInput, which ends the
-    script with exit status 2.
+    settings: {key: value}. What is not checked here of
+    dataset_kwargs and run_kwargs, common.load_data and
+    training.Run check. A common.BadInput ends with exit status 2.
 
-    A key of your own goes into trainer_kwargs and into the parameters of
-    Trainer.__init__. One that shapes the networks goes into model_kwargs, into
-    the parameters of Trainer.__init__ too, and to both places where networks
-    are built: there, and where weights are loaded. Checkpoints that were made
-    without it are then refused.
+    A key of your own goes into trainer_kwargs and the parameters
+    of Trainer.__init__. One that shapes the networks goes into
+    model_kwargs, those parameters too, and both places where
+    networks are built: there, and where weights are loaded.
+    Checkpoints that were made without it are then refused.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -90,7 +97,8 @@ def check_settings(settings):
 
 
 class Encoder(nn.Module):
-    """Images in [0, 1] -> mu and logvar of q(z|x) = N(mu, sigma^2), both (N, latent_dim).
+    """Images in [0, 1] -> mu and logvar of
+    q(z|x) = N(mu, sigma^2), both (N, latent_dim).
 
     The images are (N, image_size) or (N, 1, H, W).
     """
@@ -116,7 +124,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (N, latent_dim) -> logits (N, image_size): their sigmoid is the probability of ink."""
+    """z (N, latent_dim) -> logits (N, image_size):
+    their sigmoid is the probability of ink.
+    """
 
     def __init__(self, hidden_size, latent_dim, image_size):
         super().__init__()
@@ -134,7 +144,8 @@ class Decoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """z (N, latent_dim) -> flattened images (N, image_size) in [0, 1].
+        """z (N, latent_dim) -> flattened
+        images (N, image_size) in [0, 1].
 
         A pixel is the probability of its coin, not a toss of it.
         """
@@ -142,7 +153,9 @@ class Decoder(nn.Module):
 
 
 def init_weights(module):
-    """He et al. 2015: a signal keeps its size. torch's own start is 2.4 times smaller."""
+    """He et al. 2015: a signal keeps its size.
+    torch's own start is 2.4 times smaller.
+    """
     if isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight)
         nn.init.zeros_(module.bias)
@@ -151,25 +164,28 @@ def init_weights(module):
 def reparameterize(mu, logvar):
     """z = mu + sigma * noise with noise ~ N(0, I), all (N, latent_dim).
 
-    This is a sample of N(mu, sigma^2) through which gradients reach mu and
-    sigma.
+    This is a sample of N(mu, sigma^2) through
+    which gradients reach mu and sigma.
     """
     sigma = (0.5 * logvar).exp()
     return mu + sigma * torch.randn_like(mu)
 
 
 def reconstruction_loss(logits, x):
-    """-log p(x|z) in nats, where each pixel is a coin (Bernoulli). logits, x: (N, image_size).
+    """-log p(x|z) in nats, where each pixel is a coin (Bernoulli).
+    logits, x: (N, image_size).
 
-    With p the sigmoid of the logit it is -x log p - (1 - x) log(1 - p),
-    summed over the pixels, mean over the batch. It is a sum because log p of
-    an image is the sum over its pixels, as the KL is one over latents: a mean
-    over pixels would weigh the KL 784 times too much. Grey pixels count as
-    the probability of ink, so these nats do not compare with those that are
-    published for binarised MNIST.
+    With p the sigmoid of the logit it is
+    -x log p - (1 - x) log(1 - p), summed over the pixels, mean
+    over the batch. It is a sum because log p of an image is the
+    sum over its pixels, as the KL is one over latents: a mean
+    over pixels would weigh the KL 784 times too much. Grey
+    pixels count as the probability of ink, so these nats do not
+    compare with those that are published for binarised MNIST.
 
-    Another loss goes here, and into bound_on_log_likelihood; the decoder's
-    `sample` has the sigmoid. Then give another --output_dir.
+    Another loss goes here, and into
+    bound_on_log_likelihood; the decoder's `sample`
+    has the sigmoid. Then give another --output_dir.
     """
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
@@ -177,20 +193,23 @@ def reconstruction_loss(logits, x):
 def kl_divergence(mu, logvar):
     """KL(N(mu, sigma^2) || N(0, I)) in nats. mu, logvar: (N, latent_dim).
 
-    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed over the latents,
-    mean over the batch (Kingma and Welling, appendix B).
+    It is 1/2 (mu^2 + sigma^2 - log sigma^2 - 1), summed over the
+    latents, mean over the batch (Kingma and Welling, appendix B).
     """
     return 0.5 * (mu.square() + logvar.exp() - logvar - 1).sum() / len(mu)
 
 
 def importance_weighted_bound(mu, logvar, log_likelihood, k):
-    """A lower bound on log p(x) in nats, (N,): eq. (8) of Burda et al. with k samples.
+    """A lower bound on log p(x) in nats, (N,):
+    eq. (8) of Burda et al. with k samples.
 
-    The bound is the expectation of log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x),
-    where the z_i are drawn from q(z|x) = N(mu, sigma^2); what is returned is
-    an estimate of it from one draw. mu, logvar: (N, D); log_likelihood(z)
-    gives log p(x|z), (N,). With k = 1 it is the VAE's own bound, the negative
-    loss; as k grows, it rises towards log p(x).
+    The bound is the expectation of
+    log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x), where the z_i are
+    drawn from q(z|x) = N(mu, sigma^2); what is returned is an
+    estimate of it from one draw. mu, logvar: (N, D);
+    log_likelihood(z) gives log p(x|z), (N,). With k = 1 it is
+    the VAE's own bound, the negative loss; as k grows, it rises
+    towards log p(x).
     """
     log_weights = []
     for _ in range(k):
@@ -205,26 +224,34 @@ def importance_weighted_bound(mu, logvar, log_likelihood, k):
 class Trainer:
     """Encoder, decoder, their optimiser, and the training loop.
 
-    run: a training.Run. run.epochs restores networks, optimisers, history and
-    random numbers from checkpoint.pt if there is one, and goes on from there.
-    run.batches gives the batches of an epoch, in an order that depends on seed
-    and epoch alone; the last one may be smaller, and is then never a recorded
-    step (see `step`). run.train_step calls `step` and keeps the scalars that it
-    returns, run.end_epoch adds a row of their means over the epoch's images to
-    the history and returns all rows, and run.save_weights writes what sampling
-    needs. run.pictures_due is true every sample_every epochs, after the first
-    and after the last. After each turn of the loop over epochs, run.epochs
-    writes history.csv, run.html and checkpoint.pt. At Ctrl-C the step under way
-    is finished and checkpoint.pt is written; a run that is killed loses the
-    epoch under way. A loss that is no longer finite ends the run.
+    run: a training.Run. What `fit` uses of it:
+    - run.epochs restores networks, optimisers, history and
+      random numbers from checkpoint.pt, if there is one, and
+      goes on from there. After each turn of the loop it writes
+      checkpoint.pt, history.csv and run.html.
+    - run.batches gives the batches of an epoch, in an order that
+      depends on seed and epoch alone. The last one may be
+      smaller, and is then never a recorded step (see `step`).
+    - run.train_step calls `step` and keeps its scalars.
+    - run.end_epoch adds a row to the history, their means over
+      the epoch's images, and returns all rows.
+    - run.pictures_due is true every sample_every epochs, after
+      the first and after the last.
+    - run.save_weights writes what sampling needs.
 
-    Under torchrun each process trains on images of its own with noise of its
-    own. All begin with equal networks, which stay equal, since gradients are
-    averaged. All of them draw, but only the first one writes and prints.
+    At Ctrl-C the step under way is finished and checkpoint.pt is
+    written; a run that is killed loses the epoch under way. A
+    loss that is no longer finite ends the run.
 
-    train, test: two common.Images, which lie on the device as a whole:
-    train.pixels (M, 1, H, W) are all images as uint8, and train.batch(index)
-    gives those of index (N,) as floats in [0, 1], and their labels.
+    Under torchrun each process trains on images of its own with
+    noise of its own. All begin with equal networks, which stay
+    equal, since gradients are averaged. All of them draw, but
+    only the first one writes and prints.
+
+    train, test: two common.Images, which lie on the device as
+    a whole: train.pixels (M, 1, H, W) are all images as uint8,
+    and train.batch(index) gives those of index (N,) as floats
+    in [0, 1], and their labels.
     """
 
     def __init__(
@@ -248,28 +275,31 @@ class Trainer:
         self.first_lr, self.lr_half_life = lr, lr_half_life
         self.iwae_samples = iwae_samples
         device = train.device
-        # only the networks compute in bfloat16; their weights and the losses
-        # are float32
+        # only the networks compute in bfloat16;
+        # their weights and the losses are float32
         self.bfloat16 = common.use_bfloat16(precision, device)
         self.encoder = Encoder(hidden_size, latent_dim, image_size).to(device)
         self.decoder = Decoder(hidden_size, latent_dim, image_size).to(device)
         parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # A tensor, since a recorded step (see `step`) would not notice a new number:
-        # `fit` changes it with fill_. `fused` updates all weights in one call.
+        # A tensor, since a recorded step (see `step`) would
+        # not notice a new number: `fit` changes it with
+        # fill_. `fused` updates all weights in one call.
         self.lr = torch.tensor(lr, device=device)
         self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=True)
-        # every picture is drawn from the same latent vectors and the same
-        # test images, so that epochs can be compared
+        # every picture is drawn from the same latent vectors and
+        # the same test images, so that epochs can be compared
         self.fixed_z = torch.randn(100, latent_dim).to(device)
         some = torch.linspace(0, len(test) - 1, 50, device=device).long()
         self.fixed_images = test.batch(some)[0]  # (50, 1, H, W)
 
     def losses(self, x):
-        """Images x (N, image_size) -> loss, reconstruction and KL, in nats per image.
+        """Images x (N, image_size) -> loss,
+        reconstruction and KL, in nats per image.
 
-        The loss is the negative evidence lower bound (ELBO), -E[log p(x|z)] + KL
-        (Kingma and Welling, eq. 3). z is sampled in validation too, so that train
-        and test losses can be compared.
+        The loss is the negative evidence lower bound (ELBO),
+        -E[log p(x|z)] + KL (Kingma and Welling, eq. 3). z is
+        sampled in validation too, so that train and test
+        losses can be compared.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = self.encoder(x)
@@ -279,36 +309,41 @@ class Trainer:
         kl = kl_divergence(mu, logvar)
         return reconstruction + kl, reconstruction, kl
 
+    # On an NVIDIA GPU the work of one call of `step` is recorded
+    # (a CUDA graph) and then repeated, with new noise but without
+    # this Python: an `if` keeps to the recorded branch, a number
+    # to its value, and .item() is an error. So keep what changes
+    # in a tensor, as the learning rate is.
     def step(self, x):
         """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
 
-        On an NVIDIA GPU the work of one call is recorded (a CUDA graph) and
-        then repeated, with new noise but without this Python: an `if` keeps to
-        the recorded branch, a number to its value, and .item() is an error. So
-        keep what changes in a tensor, as the learning rate is. For another
-        column in history.csv add a tensor of shape () to the dict that is
-        returned; for a curve also to `panels` in draw_curves.
+        For another column in history.csv add a tensor of shape ()
+        to the dict that is returned; for a curve also to `panels`
+        in draw_curves.
         """
         loss, reconstruction, kl = self.losses(x)
         self.optimizer.zero_grad()
         loss.backward()
-        # with torchrun: the mean over all processes, a batch each; alone: nothing
+        # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.optimizer)
         self.optimizer.step()
         return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
 
     def test_batches(self):
-        """Yield the test images, 500 at a time: (500, image_size) in [0, 1]."""
+        """Yield the test images, 500 at a time:
+        (500, image_size) in [0, 1].
+        """
         for index in torch.arange(len(self.test), device=self.test.device).split(500):
             images, _ = self.test.batch(index)
             yield images.flatten(1)
 
     @torch.no_grad()
     def evaluate(self):
-        """The losses of training, on the test images, and the number of active latents.
+        """The losses of training, on the test
+        images, and the number of active latents.
 
-        A latent is active if the variance of its mu over the images is above
-        0.01 (Burda et al., section 5.2).
+        A latent is active if the variance of its mu over the
+        images is above 0.01 (Burda et al., section 5.2).
         """
         total = torch.zeros(3, device=self.test.device)
         means = []
@@ -326,7 +361,9 @@ class Trainer:
         }
 
     def bound_on_log_likelihood(self, x):
-        """The importance-weighted bound on log p(x) for images x (N, image_size), in nats: (N,)."""
+        """The importance-weighted bound on log p(x)
+        for images x (N, image_size), in nats: (N,).
+        """
 
         def log_likelihood(z):
             logits = self.decoder(z)
@@ -340,8 +377,9 @@ class Trainer:
     def estimate_log_likelihood(self):
         """The mean of that bound over the test images.
 
-        It leaves the random numbers as they were: a run that is continued
-        with more epochs ends as if it had not stopped here.
+        It leaves the random numbers as they were:
+        a run that is continued with more epochs
+        ends as if it had not stopped here.
         """
         device = self.test.device
         gpus = [device] if device.type == "cuda" else []
@@ -354,9 +392,10 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs, precision,
-        data_dir and the run_kwargs other than the seed may change. Changed code
-        is not noticed: then give another --output_dir, or --resume false.
+        A checkpoint of other settings is refused; num_epochs,
+        precision, data_dir and the run_kwargs other than the seed
+        may change. Changed code is not noticed: then give another
+        --output_dir, or --resume false.
         """
         run = self.run
         state = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self.optimizer}
@@ -385,7 +424,9 @@ class Trainer:
                 )
 
     def draw(self, name):
-        """Write a hundred samples as one picture, and fifty reconstructions as another."""
+        """Write a hundred samples as one picture,
+        and fifty reconstructions as another.
+        """
         samples = self.decoder.sample(self.fixed_z).unflatten(1, self.train.pixels.shape[1:])
         path = self.folder / f"generated_image_epoch_{name}.png"
         common.save_grid(samples, path, columns=10, low=0.0)
@@ -395,7 +436,9 @@ class Trainer:
 
     @torch.no_grad()
     def reconstruct(self, images):
-        """(10 n, C, H, W) -> (20 n, C, H, W): ten originals, then their reconstructions, ..."""
+        """(10 n, C, H, W) -> (20 n, C, H, W):
+        ten originals, then their reconstructions, ...
+        """
         # from mu, the best guess: noise would only blur the picture
         mu, _ = self.encoder(images)
         rebuilt = self.decoder.sample(mu).view_as(images)
@@ -404,7 +447,9 @@ class Trainer:
         return torch.stack([original_rows, rebuilt_rows], dim=1).flatten(0, 2)
 
     def draw_curves(self, history, epoch):
-        """Write the history so far, a list of rows {column: value}, as curves."""
+        """Write the history so far, a list
+        of rows {column: value}, as curves.
+        """
         panels = {
             "loss (nats per image)": ["loss", "test loss"],
             "reconstruction (nats per image)": ["reconstruction", "test reconstruction"],
@@ -415,7 +460,9 @@ class Trainer:
 
 
 def load_model(weights_path):
-    """(encoder, decoder) of a weights_epoch_{E}.pt. Raises common.BadInput for any other file."""
+    """(encoder, decoder) of a weights_epoch_{E}.pt.
+    Raises common.BadInput for any other file.
+    """
     weights = common.load_weights(weights_path, __file__, "decoder")
     encoder = Encoder(**weights["model_kwargs"])
     decoder = Decoder(**weights["model_kwargs"])
@@ -427,12 +474,13 @@ def load_model(weights_path):
 def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
-    dataset_kwargs["dataset_type"] may also be a torch Dataset of your own, here
-    or in the dict above. It gives (image, label): a Pillow image or a tensor
-    (C, H, W), uint8 or floats in [0, 1], of any size, and an int from 0. Every
-    image is brought to the network's size and channels, a tenth of them is held
-    out for testing, and `dataset.classes`, if there is such a list, names the
-    labels.
+    dataset_kwargs["dataset_type"] may also be a torch Dataset of
+    your own, here or in the dict above. It gives (image, label):
+    a Pillow image or a tensor (C, H, W), uint8 or floats in
+    [0, 1], of any size, and an int from 0. Every image is
+    brought to the network's size and channels, a tenth of them
+    is held out for testing, and `dataset.classes`, if there is
+    such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)

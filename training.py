@@ -25,7 +25,8 @@ AGREE_STEPS = 16  # of several GPUs: between two looks at whether one was told t
 # what may change when a run is continued: how it is computed, not what
 FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "allow_fallback", "precision"}
 FREE_TO_CHANGE |= {"score_every"}
-# what the scripts write into the folder of a run, and the analyses beside its weights
+# what the scripts write into the folder of
+# a run, and the analyses beside its weights
 RUN_FILES = [
     "checkpoint.pt",
     "history.csv",
@@ -76,9 +77,11 @@ class Run:
             if run.pictures_due:
                 run.save_weights("weights_epoch_1.pt", generator=generator)
 
-    state is {name: network or optimiser}, which is saved and restored. After each epoch
-    checkpoint.pt, history.csv and run.html are written. The order of the data and all noise depend
-    on the seed alone, so that a continued run ends as one that was never stopped.
+    state is {name: network or optimiser}, which is saved and
+    restored. After each epoch checkpoint.pt, history.csv and
+    run.html are written. The order of the data and all noise
+    depend on the seed alone, so that a continued run ends as
+    one that was never stopped.
     """
 
     def __init__(
@@ -144,8 +147,9 @@ class Run:
     def epochs(self, train, state, num_epochs, *, steps=None, unit="epoch", unit_size=1):
         """Yield the epochs (from 1) that are still to be trained on `train`, an Images.
 
-        steps: of an epoch, if it is not a pass over the data. unit, unit_size: what an epoch
-        is called, and how many of these it is.
+        steps: of an epoch, if it is not a pass over
+        the data. unit, unit_size: what an epoch is
+        called, and how many of these it is.
         """
         self.train, self.steps = train, steps
         self.state, self.num_epochs = state, num_epochs
@@ -250,9 +254,11 @@ class Run:
     def train_step(self, step, *inputs):
         """Call step(*inputs), on an NVIDIA GPU as a CUDA graph, and keep the scalars it returns.
 
-        They are {column in words: tensor}, the same columns at each step of an epoch, and stay on
-        the device: nothing waits for them. If the script was changed where an epoch was
-        interrupted, the means of this epoch are over the steps since then.
+        They are {column in words: tensor}, the same columns at
+        each step of an epoch, and stay on the device: nothing
+        waits for them. If the script was changed where an
+        epoch was interrupted, the means of this epoch are over
+        the steps since then.
         """
         recordable = self.cuda_graph and self.device.type == "cuda" and PROCESSES == 1
         if recordable and self.graph is None:
@@ -427,7 +433,8 @@ def join_processes(device):
         backend = "nccl" if device.type == "cuda" else "gloo"
         # the others wait so long while the first one downloads the data
         distributed.init_process_group(backend, timeout=timedelta(hours=2))
-        # a process that ends with gloo's threads at work is now and then aborted
+        # a process that ends with gloo's threads
+        # at work is now and then aborted
         atexit.register(distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
@@ -467,10 +474,11 @@ def set_random_state(device, states):
 class Graph:
     """A training step as one CUDA graph: its small kernels are recorded once, then replayed.
 
-    https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs. The first three steps run as
-    they are, on a stream of their own, and count: they are the warm-up that recording asks
-    for. Smaller batches run as they are too. The tensors that come back are overwritten by the
-    next step.
+    https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
+    The first three steps run as they are, on a stream of their
+    own, and count: they are the warm-up that recording asks for.
+    Smaller batches run as they are too. The tensors that come
+    back are overwritten by the next step.
     """
 
     def __init__(self, step, run):
@@ -514,6 +522,7 @@ class Graph:
                 "this step cannot be recorded as a CUDA graph; start again with "
                 f"--cuda_graph false ({error})"
             )
-        # detached, since the short steps build a graph of gradients of their own
+        # detached, since the short steps build
+        # a graph of gradients of their own
         self.values = {name: value.detach() for name, value in values.items()}
         self.graph = graph
