@@ -52,7 +52,9 @@ COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"]
 COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
 MARKERS = "os^DvPX*<p"  # colour alone never tells two classes apart
 MOST_PICTURES = 3_000_000  # bytes of the page's pictures; more of them are packed tighter
-MOST_WEIGHTS = 6_800_000  # bytes of its networks; larger ones take 11 bits a weight, or 8
+MOST_BYTES = 8_000_000  # of the page; a larger one takes the next of PRECISIONS
+# (bits of a weight, share of the codes' variance that is kept)
+PRECISIONS = [(16, 1), (11, 1), (16, 0.9999), (11, 0.9999), (11, 0.999), (8, 0.99)]
 
 
 def check_settings(settings):
@@ -254,39 +256,54 @@ def describe_errors(errors):
     return {"errors": short, "threshold": round(float(threshold), 6)}
 
 
-def export_encoder(encoder, channels, black, weights):
-    """The layers from brightness in [0, 1] to mu, as pages/network.js takes them.
+def make_linear(weight, bias):
+    """A linear layer with this weight (outputs, inputs) and bias."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0])
+    layer.weight.data, layer.bias.data = weight, bias
+    return layer
 
-    The head that gives logvar is left out. black is
-    what the encoder takes for black; white is 1.
+
+def narrow(to_mu, decoder, codes, share):
+    """The layers that give and take a code, each as two narrow ones.
+
+    codes (N, D) of the test images are mean + V c with few
+    columns in V (D, K): the directions that hold `share` of
+    their variance. So mu = W h + b becomes mean + V c with
+    c = V^T (W h + b - mean), and the decoder's first layer,
+    A z + a, becomes A V c + (A mean + a) with c = V^T (z - mean).
+    Where K is small these are far fewer weights.
     """
-    factor = torch.full((channels,), 1.0 - black)
-    shift = torch.full((channels,), float(black))
-    layers = [{"type": "scale", "weight": weights.add(factor), "bias": weights.add(shift)}]
-    if isinstance(encoder.model[0], nn.Linear):  # it takes flat images
-        layers.append({"type": "flatten"})
-    return layers + export(encoder.model, weights) + export(encoder.fc_mean, weights)
+    mean = codes.mean(0).float()
+    values, vectors = torch.linalg.eigh(torch.cov(codes.T))  # ascending
+    held = values.cumsum(0) > (1 - share) * values.sum()
+    basis = vectors[:, held].float()  # V (D, K)
+    weight, bias = to_mu.weight.cpu(), to_mu.bias.cpu()
+    down = make_linear(basis.T @ weight, basis.T @ (bias - mean))
+    to_mu = nn.Sequential(down, make_linear(basis, mean))
+    weight, bias = decoder[0].weight.cpu(), decoder[0].bias.cpu()
+    down = make_linear(basis.T, -basis.T @ mean)
+    first = nn.Sequential(down, make_linear(weight @ basis, weight @ mean + bias))
+    return to_mu, nn.Sequential(first, *decoder[1:])
 
 
-def describe_networks(encoder, decoder, channels, black):
+def describe_networks(hidden, to_mu, decoder, channels, black, bits):
     """Encoder and decoder for the page, and their weights as text.
 
-    The decoder's output is its script's own, logits for grey
-    images: the page computes both the picture and the error from
-    it. With 11 bits, of main_vae after 10 epochs and 2,000 test
-    images, a pixel of the reconstruction differs by at most 1.9
-    of 255 grey levels; with 8 bits by 18.
+    The encoder goes from brightness in [0, 1] through `hidden`
+    and `to_mu`; the head that gives logvar is left out. black is
+    what it takes for black; white is 1. The decoder's output is
+    its script's own, logits for grey images: the page computes
+    both the picture and the error from it.
     """
-    for bits in (16, 11, 8):
-        weights = Weights(bits)
-        layers = {
-            "encoder": export_encoder(encoder, channels, black, weights),
-            "decoder": export(decoder.model, weights),
-        }
-        text = weights.as_text()
-        if len(text) < MOST_WEIGHTS:
-            break
-    return {"layers": layers, "weights": text, "bits": bits}
+    weights = Weights(bits)
+    factor = weights.add(torch.full((channels,), 1.0 - black))
+    shift = weights.add(torch.full((channels,), float(black)))
+    encoder = [{"type": "scale", "weight": factor, "bias": shift}]
+    if isinstance(hidden[0], nn.Linear):  # it takes flat images
+        encoder.append({"type": "flatten"})
+    encoder += export(hidden, weights) + export(to_mu, weights)
+    layers = {"encoder": encoder, "decoder": export(decoder, weights)}
+    return {"layers": layers, "weights": weights.as_text(), "bits": bits}
 
 
 def describe_images(images):
@@ -319,21 +336,27 @@ def encode(encoder, decoder, test):
     return torch.cat(means), torch.cat(errors)
 
 
-def save_page(data, encoder, decoder, test, path):
+def save_page(data, encoder, decoder, test, codes, path):
     """Write the page, unless a network has a
     layer that cannot run there: then a warning.
     """
     some = data["numbers"]
     images = test.pixels.cpu()[some] / 255
-    black = -1 if test.normalize else 0
-    try:
-        networks = describe_networks(encoder, decoder, images.shape[1], black)
-    except common.BadInput as error:
-        common.warn(f"{path} is left out: {error}")
-        return
     digits = test.dataset_type in ("mnist", "digits")
-    data = {**data, **networks, **describe_images(images), "digits": digits}
-    page = common.fill_page("latent_space_vae.html", data)
+    data = {**data, **describe_images(images), "digits": digits}
+    black = -1 if test.normalize else 0
+    for bits, share in PRECISIONS:
+        to_mu, drawer = encoder.fc_mean, decoder.model
+        if share < 1:
+            to_mu, drawer = narrow(to_mu, drawer, codes, share)
+        try:
+            networks = describe_networks(encoder.model, to_mu, drawer, images.shape[1], black, bits)
+        except common.BadInput as error:
+            common.warn(f"{path} is left out: {error}")
+            return
+        page = common.fill_page("latent_space_vae.html", {**data, **networks, "share": share})
+        if len(page) < MOST_BYTES:
+            break
     common.write(path, page)
     print(f"{path}: {len(page) / 1e6:.2f} MB")
 
@@ -374,7 +397,7 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
     data |= describe_codes(codes[some])
     # the page computes place = axes (mu - mean) and z = mean + axes^T place
     data |= {"mean": rounded(mean), "axes": rounded(axes), **describe_errors(errors)}
-    save_page(data, encoder, decoder, test, folder / "latents_space_2d.html")
+    save_page(data, encoder, decoder, test, codes, folder / "latents_space_2d.html")
     print(f"all of it is in {folder}/")
     return table
 
