@@ -1,30 +1,39 @@
 """Can a VAE tell what it was not trained on? Six scores of single images are judged.
 
+reconstruction     the error of the decoder's picture from mu
+negative ELBO      the loss of training, from sampled z
+KL                 its second part
+latent distance    from mu to the nearest training image's
+feature distance   the same in the encoder's last hidden layer,
+                   by direction, over the ten nearest
+pixel distance     the same in pixels, without a network
+
 paper:  An and Cho 2015, Variational Autoencoder based Anomaly
         Detection using Reconstruction Probability, Special
-        Lecture on IE, Seoul National University (their
-        probability is E log p(x|z); the negative ELBO is the KL
-        minus it)
+        Lecture on IE, Seoul National University (their score is
+        E log p(x|z); the negative ELBO is the KL minus it)
         Davis and Goadrich 2006, The Relationship Between
         Precision-Recall and ROC Curves, ICML (why points of a
         precision-recall curve are not joined by straight lines)
         Sun et al. 2022, Out-of-Distribution Detection with Deep
         Nearest Neighbors, https://arxiv.org/abs/2204.06507
-        (they too leave out the length of a feature vector, and
-        take the distance to the k-th nearest training image in a
-        classifier's features)
+        (as here, feature vectors have length 1; they take the
+        k-th nearest training image, by a classifier's features)
 run:    python main_vae.py --exclude_class 4 --output_dir mnist_VAE_without_4
         (train first; that digit is then one of the anomalies)
         python detect_vae_anomalies.py      (takes the newest weights with an encoder)
 writes: beside the weights: reconstruction_error_distribution.png,
         anomalies_at_threshold.png, anomaly_detection.csv
 expect: MNIST, ten models, each trained for 10 epochs without
-        one digit; mean AUROC of that digit: with 32 latents
-        reconstruction 0.705, latent distance 0.923, feature
-        distance 0.953; with 2 latents reconstruction 0.773,
-        latent distance 0.457; pixel distance, which needs no
-        network, 0.852; a minute a model on one core of an
-        AMD EPYC
+        one digit; mean AUROC of that digit (0.5 is guessing):
+        with 32 latents reconstruction 0.705, latent distance
+        0.923, feature distance 0.953; with --latent_dim 2
+        reconstruction 0.773, latent distance 0.457; pixel
+        distance 0.852; a minute for training and judging a model
+        on one core of an AMD EPYC. With 32 latents the decoder
+        can put a strange digit together from strokes that it
+        knows. With 2 every place of the plane is some digit's,
+        so that no code is far from all others
 """
 
 import math
@@ -40,14 +49,14 @@ from torch.nn import functional as F
 import common
 
 source_kwargs = {
-    "weights_path": "",  # of main_vae or main_ae; empty: the newest in a folder here
+    "weights_path": "",  # of main_vae or main_ae; empty: the newest below this folder
     "output_dir": "",  # everything is written there; empty: beside the weights
-    "data_dir": "",  # where the encoder's images lie; empty: where they lay in training
+    "data_dir": "",  # the data's folder; empty: that of training
 }
 detection_kwargs = {
     "other_data": "auto",  # auto | mnist | fashion_mnist | cifar10 | digits | none
     "num_images": 1000,  # anomalies of each kind; a left-out class is used whole
-    "num_train": 60000,  # training images that are searched for the nearest
+    "num_train": 60000,  # training images among which the nearest are sought
     "elbo_samples": 8,  # samples of z behind the negative ELBO
     "percentile": 95.0,  # of clean images' scores: what lies above is called an anomaly
     "bootstrap": 1000,  # resamples behind the 95 % intervals
@@ -73,7 +82,10 @@ def check_settings(settings):
 
 
 def black_out(x):
-    """A square of a third of the side is black in each image, somewhere, but not at the edge."""
+    """A square of a third of the side is black in each image, away from the edge.
+
+    At the edge a digit's image is black anyway.
+    """
     spoilt = x.clone()
     side = x.shape[-1]
     size, margin = side // 3, side // 8
@@ -84,9 +96,13 @@ def black_out(x):
 
 
 def corrupt(x):
-    """Images x (N, C, H, W) in [0, 1] -> {kind of anomaly: images like x}."""
+    """Images x (N, C, H, W) in [0, 1] -> {kind of anomaly: images like x}.
+
+    One of your own is one more line here: as many images, of the
+    same shape, in [0, 1].
+    """
     kinds = {}
-    noise = torch.randn_like(x)
+    noise = torch.randn_like(x)  # one for all strengths, so that only these differ
     for sigma in (0.4, 0.2, 0.1, 0.05):
         kinds[f"Gaussian noise {sigma:g}"] = (x + sigma * noise).clamp(0, 1)
     place = torch.rand_like(x[:, :1])  # (N, 1, H, W): a pixel is hit in all its channels
@@ -106,18 +122,22 @@ def corrupt(x):
     return kinds
 
 
-def load_others(kind, train, num_images):
-    """{name: test images of another data set in [0, 1]}, in the shape of `train`; {} without."""
+def load_others(kind, like, num_images):
+    """{name: test images of another data set in [0, 1]}, or {}.
+
+    They have the shape of `like`, the model's own test images.
+    auto: cifar10 for a model of digits, else mnist.
+    """
     if kind == "auto":
-        kind = "cifar10" if train.dataset_type in ("mnist", "digits") else "mnist"
+        kind = "cifar10" if like.dataset_type in ("mnist", "digits") else "mnist"
     if kind == "none":
         return {}
-    _, channels, side, _ = train.pixels.shape
-    own_folder = train.dataset_type == "folder"  # it is no place for another data set
+    _, channels, side, _ = like.pixels.shape
+    own_folder = like.dataset_type == "folder"  # download nothing into it
     try:
         _, others = common.load_data(
             kind,
-            "data" if own_folder else train.data_dir,
+            "data" if own_folder else like.data_dir,
             image_channels=channels,
             image_size=side,
             allow_fallback=False,
@@ -135,9 +155,9 @@ def load_others(kind, train, num_images):
 def reconstruction_error(output, x):
     """-log p(x|z) up to a constant, summed over the pixels of each image x (N, C, H, W): (N,).
 
-    Grey, x in [0, 1]: each pixel is a coin, and output
-    its logits. Colour, x in [-1, 1]: squared error, which
-    is for a Gaussian of variance 1/2. output may be flat.
+    Grey, x in [0, 1]: each pixel is a coin, and output its
+    logits. Colour, x in [-1, 1]: the squared error, which is
+    -log p of a Gaussian of variance 1/2. output may be flat.
     """
     output = output.view_as(x)
     if x.shape[1] == 1:
@@ -150,19 +170,19 @@ def reconstruction_error(output, x):
 class AnomalyScorer:
     """The encoder and decoder of a weights file give each image six scores.
 
-    A higher score is meant to mark a stranger image. The
+    A higher score is meant to mark a more unusual image. The
     reconstruction is from z = mu, so that there is no noise in
-    its error. Two scores are distances to the nearest training
-    image: between codes mu, and between pixels, for which no
-    network is needed. The feature distance compares directions in
-    the encoder's last hidden layer with those of the ten nearest.
-    Lengths are left out: they grow with the ink, and so do
-    distances, so that a thin 1 would be close to many images. An
-    autoencoder, which has no KL, gives four scores.
+    its error. The feature distance is 1 - cosine between vectors
+    of the encoder's last hidden layer, a mean over the ten
+    nearest training images. Their lengths do not count, since
+    they grow with the ink, and distances with them: a thin 1
+    would be close to everything, as it is by the other two
+    distances. An autoencoder, which has no KL, gives four scores.
 
-    A score of your own is a line in `score`; what it
-    needs of the training images is kept in __init__.
-    Threshold and table follow by themselves.
+    A score of your own is a line in `score`; what it needs of the
+    training images is kept in __init__. Threshold and table
+    follow by themselves; the pictures show the reconstruction
+    error only.
     """
 
     @torch.inference_mode()
@@ -194,21 +214,26 @@ class AnomalyScorer:
         return images.to(self.device) * (1 - self.black) + self.black
 
     def features(self, x):
-        """x (N, C, H, W), as the networks take it -> (N, F): the last hidden layer, length 1."""
+        """x (N, C, H, W), as the networks take it -> (N, F), the last hidden layer.
+
+        It is what encoder.model gives; mu and logvar are made of it.
+        Each vector is brought to length 1.
+        """
         if isinstance(self.encoder.model[0], nn.Linear):  # it takes flat images
             x = x.flatten(1)
         return F.normalize(self.encoder.model(x))
 
     def feature_distance(self, x):
-        """x (N, C, H, W) -> (N,): 1 - cosine, its mean over the ten nearest training images."""
+        """x (N, C, H, W) -> (N,): the mean of 1 - cosine over the ten nearest."""
         cosines = self.features(x) @ self.train_features.T  # (N, count)
         count = min(NEIGHBOURS, len(self.train_features))
         return 1 - cosines.topk(count).values.mean(1)
 
     @torch.inference_mode()
     def rebuild(self, images):
-        """images (N, C, H, W) in [0, 1] -> their reconstructions, likewise."""
+        """images (N, C, H, W) in [0, 1] -> their reconstructions, in [0, 1] too."""
         mu, _ = self.encoder(self.to_networks(images))
+        # `sample` draws nothing at random: it makes pixels of the decoder's output
         rebuilt = self.decoder.sample(mu).cpu().view_as(images)
         return (rebuilt - self.black) / (1 - self.black)
 
@@ -386,6 +411,7 @@ def choose_images(scorer, other_data, num_images):
     copy of itself. If a class was left out of training, it is
     the first kind of anomaly.
     """
+    # here with the class that was left out of training, if there is one
     _, test = common.load_again(scorer.weights, scorer.train.data_dir, "cpu")
     pixels = test.pixels / 255  # (N, C, H, W)
     left_out = scorer.left_out
@@ -459,7 +485,7 @@ def detect(
     clean = Group("clean", judged, scorer(judged))
     groups = [Group(name, images, scorer(images)) for name, images in anomalies.items()]
     easy_first = sorted(groups, key=Group.median_error, reverse=True)
-    shown = groups[0] if scorer.left_out >= 0 else easy_first[-1]
+    shown = groups[0] if scorer.left_out >= 0 else easy_first[-1]  # else the hardest kind
 
     weights, count = scorer.weights, len(held_out)
     title = f"{common.describe_source(weights, scorer.train)}, epoch {weights['epoch']}"

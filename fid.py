@@ -1,5 +1,11 @@
 """Frechet Inception Distance (FID) and its relatives: how far samples are from data.
 
+A network turns each image into a vector of features. A Gaussian
+is fitted to those of the real images and another to those of the
+generated ones, and the distance of the two Gaussians is taken:
+less is better. Two sets with equal means and covariances cannot
+be told apart by it; KID, precision and recall look further.
+
 paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500
         KID: Binkowski et al. 2018,
         https://arxiv.org/abs/1801.01401
@@ -10,12 +16,13 @@ paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500
 run:    python fid.py --generated mnist_GAN/weights_epoch_20.pt --features classifier
 writes: scores/: {metric}_of_{generated}.json (with --real:
         _from_{real}), and .png (generated images above the
-        real images nearest to them); .fid/ beside the data:
-        features of the real images, and the classifier, so
+        real images nearest to them); .fid/ in the data's folder:
+        features of data sets and folders, and the classifier, so
         that they are computed once
-expect: main_gan on MNIST after 1, 5, 20 epochs:
-        classifier distance 492, 149, 70.7
-        (floor 2.50), N 10,000; 40 s on one core
+expect: main_gan on MNIST after 1, 5, 20 epochs: classifier
+        distance 492, 149, 70.7, N 10,000, 40 s each on one core.
+        The floor, the distance of MNIST's own test images, is
+        2.50: a perfect generator would get that
 """
 
 import hashlib
@@ -40,15 +47,15 @@ from common import BadInput, require
 source_kwargs = {
     "generated": "",  # weights, a folder, .npz, or mnist:test; "": newest weights
     "real": "",  # the same kinds; "": what the generator was trained on
-    "data_dir": "",  # where the data lie; "": as in training, or else data
-    "num_images": 10000,  # papers mostly take 50000; fewer give a larger distance
-    "seed": 0,  # of the latent vectors
+    "data_dir": "",  # the data's folder; "": as in training, or else data
+    "num_images": 10000,  # generated ones; papers take 50000, and fewer score worse
+    "seed": 0,  # of the latent vectors, for weights
 }
 metric_kwargs = {
     "features": "inception",  # inception | classifier, which is trained here
-    "resize": "clean",  # clean, as clean-fid | legacy, as pytorch-fid
-    "inception_weights": "",  # the .pth file; "": in data_dir, or downloaded to it
-    "batch_size": 50,  # images a pass
+    "resize": "clean",  # clean, as clean-fid | legacy, as pytorch-fid; for inception
+    "inception_weights": "",  # the .pth file; "": in data_dir or data, or downloaded
+    "batch_size": 50,  # images that pass the network together
     "output_dir": "scores",  # everything but the caches is written there
     "device": "auto",  # auto: cuda, else mps, else cpu; or name one: cuda:1
 }
@@ -78,8 +85,8 @@ def check_settings(settings):
 def square_root(sigma):
     """A root (d, r) of the covariance sigma (d, d) = root @ root.T, in float64."""
     values, vectors = torch.linalg.eigh(torch.as_tensor(sigma, dtype=torch.float64))
-    # what is no larger than rounding errors (of the
-    # largest, which is the last) is no variance
+    # An eigenvalue as small as the rounding errors of the
+    # largest, which is the last, is no variance.
     rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
     kept = values > rounding
     return vectors[:, kept] * values[kept].sqrt()
@@ -90,23 +97,9 @@ def mean_and_root(features):
     mu = features.mean(0, dtype=torch.float64)
     # features - mu = Q R, where Q drops out of
     # the covariance R^T R / (n - 1). This is
-    # exact also for fewer images than features.
+    # exact even for fewer images than features.
     factor = torch.linalg.qr(features - mu, mode="r").R
     return mu, factor.T / math.sqrt(len(features) - 1)
-
-
-def distance_of_roots(mu1, root1, mu2, root2):
-    """`frechet_distance` of Gaussians whose covariances are given by roots (d, r)."""
-    traces = root1.square().sum() + root2.square().sum()
-    apart = (mu1 - mu2).square().sum() + traces
-    require(apart.isfinite(), "there are NaN or infinite features: look at the images")
-    # The nonzero eigenvalues of S1 S2 are the squared singular
-    # values of root1^T root2. So the trace of (S1 S2)^(1/2), the
-    # sum of their roots, is the sum of the singular values. No
-    # number becomes complex, as it may in a matrix square root,
-    # and small ones keep their digits.
-    overlap = torch.linalg.svdvals(root1.T @ root2).sum()
-    return max(0.0, (apart - 2 * overlap).item())
 
 
 def frechet_distance(mu1, sigma1, mu2, sigma2):
@@ -114,20 +107,44 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 
         |mu1 - mu2|^2 + Tr(S1 + S2 - 2 (S1 S2)^(1/2))
 
-    mu (d,), sigma (d, d), of which float64 is made. Never below 0.
+    mu (d,), sigma (d, d); it is computed in float64, and never
+    below 0. The script itself keeps roots of the covariances, for
+    which there is the function below.
     """
     mu1 = torch.as_tensor(mu1, dtype=torch.float64)
     mu2 = torch.as_tensor(mu2, dtype=torch.float64)
     return distance_of_roots(mu1, square_root(sigma1), mu2, square_root(sigma2))
 
 
+def distance_of_roots(mu1, root1, mu2, root2):
+    """The same distance, from roots (d, r) of the covariances.
+
+    With S1 = R1 R1^T and S2 = R2 R2^T the matrix S1 S2 has the
+    nonzero eigenvalues of R2^T R1 R1^T R2, since A B and B A share
+    theirs. So they are the squared singular values of R1^T R2,
+    and the trace of (S1 S2)^(1/2), the sum of their square roots,
+    is the sum of the singular values. No number becomes complex,
+    as it may in the square root of a matrix, and small
+    eigenvalues keep their precision.
+    """
+    traces = root1.square().sum() + root2.square().sum()
+    apart = (mu1 - mu2).square().sum() + traces
+    require(apart.isfinite(), "there are NaN or infinite features: look at the images")
+    overlap = torch.linalg.svdvals(root1.T @ root2).sum()
+    return max(0.0, (apart - 2 * overlap).item())
+
+
 def kernel_distance(real, fake, blocks=10):
     """KID of features (n, d) and (m, d), and its standard error (NaN from one block).
 
-    It is the unbiased squared MMD for the kernel
-    (x . y / d + 1)^3, eq. (4) of Binkowski et al. It is a
-    mean over blocks that share no image, so that their
-    spread tells the error.
+    With the kernel k(x, y) = (x . y / d + 1)^3 it is the mean of
+    k over pairs of real images, plus that over pairs of generated
+    ones, minus twice that over pairs of one real and one
+    generated image: the squared maximum mean discrepancy, eq. (4)
+    of Binkowski et al. Unlike the distance above it does not grow
+    with fewer images. It is a mean over blocks that share no
+    image, whose spread gives the standard error. Images that fill
+    no block are left out.
     """
     smaller = min(len(real), len(fake))
     blocks = min(blocks, smaller // 2)
@@ -148,9 +165,9 @@ def share_covered(points, others, k=3):
     """The share of points (m, d) that lie in the manifold of others (n, d).
 
     The manifold is the union of balls around the others, each of
-    which reaches to the k-th neighbour, eq. (1) of Kynkaanniemi
-    et al. Precision is the share of generated images in the
-    manifold of the real ones, recall the reverse.
+    which reaches to the k-th nearest of them, eq. (1) of
+    Kynkaanniemi et al. Precision is the share of generated images
+    in the manifold of the real ones, recall the reverse.
     """
     nth = min(k + 1, len(others))  # the first is the point itself
     reach = torch.cdist(others, others).kthvalue(nth).values  # (n,)
@@ -159,7 +176,7 @@ def share_covered(points, others, k=3):
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...), in grey levels."""
+    """Mean Euclidean distance between any two of the images (N, ...)."""
     return F.pdist(images.flatten(1).float()).mean().item()
 
 
@@ -168,9 +185,14 @@ def mean_distance(images):
 
 @dataclass
 class FeatureNetwork:
-    """What turns images into the features in which a distance is measured."""
+    """What turns images into the features in which a distance is measured.
 
-    name: str  # tells networks with other weights apart
+    A network of your own is another function that returns this;
+    it is chosen in `choose_network`, and its name is made legal
+    in `check_settings`.
+    """
+
+    name: str  # another one for other weights: it names the cached features
     metric: str  # what a distance is called
     resize: str  # how images are brought to the network's size
     compute: Callable  # uint8 images (N, C, H, W) -> features (N, d)
@@ -200,6 +222,7 @@ class InceptionBlock(nn.Module):
         self.block, self.pool = block, pool
 
     def forward(self, x):
+        # branch_pool is the convolution that follows the pooling
         pooled = self.block.branch_pool(self.pool(x))
         # the block's own pooled channels come last, and are cut off
         return torch.cat([self.block(x)[:, : -pooled.shape[1]], pooled], dim=1)
@@ -209,6 +232,7 @@ def load_inception(path):
     """FID's Inception (TensorFlow, 2015-12-05): (N, 3, 299, 299) -> (N, 2048)."""
     from torchvision.models import Inception3
 
+    # the file's last layer, which is not used, has 1008 outputs
     network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     # FID's averages do not count the padding, while
@@ -225,9 +249,9 @@ def load_inception(path):
 
 
 def inception_features(weights_path, data_dir, resize, device):
-    """The 2048 features of FID, by the very weights that define it.
+    """The 2048 features of FID, computed with the original weights.
 
-    Raises OSError if they cannot be had.
+    Raises OSError if these cannot be downloaded.
     """
     path = Path(weights_path or Path(data_dir) / Path(INCEPTION).name)
     if not weights_path and not path.is_file():
@@ -247,14 +271,18 @@ def inception_features(weights_path, data_dir, resize, device):
 
 
 def prepared(images, train):
-    """uint8 images as a classifier of `train` takes them: in its size, in [-1, 1]."""
+    """uint8 images in the size of those of `train`, in [-1, 1], for its classifier."""
     channels, size, _ = train.pixels.shape[1:]
     images = common.resize(images.cpu(), size, channels).to(train.device)
     return images.float() / 127.5 - 1
 
 
 def new_classifier(channels, size, classes):
-    """Images (N, C, H, W) -> logits (N, classes), by way of 128 features."""
+    """Images (N, C, H, W) -> logits (N, classes), through 128 features.
+
+    Shapes are for 28 pixels. After a change delete .fid/, where
+    the old network is kept.
+    """
     side = math.ceil(size / 4)
     return nn.Sequential(
         nn.Conv2d(channels, 32, kernel_size=3, stride=2, padding=1),  # (N, 32, 14, 14)
@@ -288,7 +316,8 @@ def train_classifier(network, train):
 def classifier_features(train):
     """128 features of a small classifier of `train`, trained once.
 
-    A distance of them is no FID.
+    A distance between them is no FID, and compares only with
+    others by the same classifier.
     """
     classes = len(train.class_names)
     require(classes > 1, f"{train.name} has no classes that a classifier could learn")
@@ -315,7 +344,7 @@ def classifier_features(train):
 
 @contextmanager
 def seeded(device):
-    """Random numbers from seed 0. After it they go on as if none had been drawn."""
+    """Inside, random numbers are those of seed 0; afterwards they are as before."""
     before = training.random_state(device)
     torch.manual_seed(0)
     try:
@@ -333,7 +362,7 @@ def fingerprint(tensor):
 
 
 def cache_path(images, what):
-    """The file beside the data in which something about these very images is kept."""
+    """The file beside the data that keeps what was computed from exactly these images."""
     digest = f"{fingerprint(images.pixels)} {fingerprint(images.labels)}"
     return Path(images.data_dir) / ".fid" / f"{what} {digest}.pt"
 
@@ -356,14 +385,14 @@ class Statistics:
 
 
 def shuffled(count):
-    """The numbers below count in a random order, which is always the same."""
+    """0 to count - 1 in a random order, which is always the same."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
-@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU's features equal a CPU's
+@torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # a GPU and a CPU then agree
 def measure(images, network, count, batch_size):
-    """Statistics of `count` of the images, or of all.
+    """Statistics of `count` images, or of all if there are fewer.
 
     They are taken in a random order, so that
     the first of them are a fair sample.
@@ -393,15 +422,15 @@ def measure(images, network, count, batch_size):
 def draw(generate, count, data, device):
     """`count` images that generate(index) draws in [-1, 1], as common.Images.
 
-    It may return (images, labels) as well.
-    data: a dict with shape and class_names.
+    generate may also return (images, labels). data: a dict with
+    shape and class_names.
     """
     pixels, labels = [], []
-    order = shuffled(count)
+    order = shuffled(count)  # so that a batch has images of all classes
     for index in order.split(250):
         made = generate(index.to(device))
         labelled = isinstance(made, tuple)
-        images, part = made if labelled else (made, index)
+        images, part = made if labelled else (made, index)  # index only fills the place
         images = images.reshape(len(index), *data["shape"])
         images = ((images + 1) * 127.5).round().clamp(0, 255)  # as if they were saved
         pixels.append(images.byte())
@@ -409,14 +438,18 @@ def draw(generate, count, data, device):
     back = order.argsort()
     class_names = data["class_names"] if labelled else []
     pixels, labels = torch.cat(pixels)[back], torch.cat(labels)[back]
-    return common.Images(pixels, labels, class_names, "generated", "", data_dir="")
+    return common.Images(
+        pixels, labels, class_names, name="generated", dataset_type="", data_dir=""
+    )
 
 
 def compare_classes(real, fake, network, in_pixels):
     """{column: {label: value}} for the classes of which both have two images.
 
-    in_pixels: also how far two images of a
-    class are apart, relative to real ones.
+    "asked class" is the share of generated images that the
+    classifier puts into the class that was asked for. in_pixels:
+    also how far two generated images of a class are apart,
+    divided by the same of real ones ("diversity within class").
     """
     distances, asked, diversity = {}, {}, {}
     for label in fake.images.labels.unique().tolist():
@@ -430,6 +463,7 @@ def compare_classes(real, fake, network, in_pixels):
         if network.classify:
             right = network.classify(made).argmax(1) == label
             asked[label] = right.double().mean().item()
+        # of 5,000 images, since the distances of all pairs fill the memory
         made = fake.images.pixels[:5000][theirs[:5000]]
         data = real.images.pixels[:5000][ours[:5000]]
         if in_pixels and min(len(made), len(data)) > 1:
@@ -442,7 +476,7 @@ def compare_classes(real, fake, network, in_pixels):
 
 
 def summarise(classes):
-    """{column: value} for all classes: means, and the worst if more is better."""
+    """{column: value}: means over the classes, and the least where more is better."""
     columns = {}
     for column, values in classes.items():
         if values:
@@ -453,7 +487,10 @@ def summarise(classes):
 
 
 def choose_network(features, train, data_dir, device, resize="clean", weights_path=""):
-    """The FeatureNetwork of these settings; a classifier is trained on `train`."""
+    """The FeatureNetwork of these settings; a classifier is trained on `train`.
+
+    features: inception, classifier, or, for a Scorer, auto.
+    """
     if features != "classifier":
         try:
             return inception_features(weights_path, data_dir, resize, device)
@@ -461,7 +498,8 @@ def choose_network(features, train, data_dir, device, resize="clean", weights_pa
             why = f"Inception's weights could not be downloaded ({error})"
             name = Path(INCEPTION).name
             advice = f"put {name} into {data_dir}, or take the classifier's features"
-            require(features == "auto", f"{why}; {advice}")
+            if features != "auto":
+                raise BadInput(f"{why}; {advice}")
             common.warn(f"WARNING: NO FID. {why}. It is a classifier's distance instead.")
     labels = "--real mnist:train or the like, or a folder with a sub-folder for each class"
     require(train, f"a classifier needs labels: {labels}")
@@ -471,19 +509,24 @@ def choose_network(features, train, data_dir, device, resize="clean", weights_pa
 class Scorer:
     """The distance of generated images from the images `train`, for use in training:
 
-        scorer = fid.Scorer(train, features="classifier", num_images=10000)
-        run.end_epoch(scorer(generate))
+        def generate(index):
+            return generator(torch.randn(len(index), 100))
 
-    generate(index) draws an image for each entry of index (n,),
-    whose entries are below num_images. It returns images in
-    [-1, 1], (n, C, H, W) or flattened, or also their labels:
-    (images, labels). `name` is the column of the distance of all
-    images. features: inception, classifier, or auto: Inception's
-    if its weights can be had, else the classifier's with a
-    warning. Raises BadInput if neither can be had.
+        train, _ = common.load_data("mnist", "data", image_channels=1, device="cpu")
+        scorer = fid.Scorer(train, features="classifier", num_images=10000)
+        print(scorer(generate))
+
+    generate returns an image for each entry of index (n,), the
+    numbers of the images that are wanted, below num_images. The
+    images are in [-1, 1], (n, C, H, W) or flattened. It may also
+    return their labels: (images, labels). scorer.name is the
+    column of the distance of all images. features: inception,
+    classifier, or auto: Inception's if its weights can be
+    downloaded, else the classifier's with a warning. Raises
+    BadInput if there is neither.
     """
 
-    @common.first_process_first()  # the others find what it trains or downloads
+    @common.first_process_first()  # the others then find what it trained or downloaded
     def __init__(self, train, features, num_images):
         self.num_images, self.train = num_images, train
         self.network = choose_network(features, train, train.data_dir, train.device)
@@ -512,8 +555,8 @@ class Source:
 
     name: str
     images: common.Images | None = None
-    train: common.Images | None = None  # with labels, for a classifier: those of training
-    other: common.Images | None = None  # of a data set: its other split
+    train: common.Images | None = None  # labelled images to train a classifier on
+    other: common.Images | None = None  # a data set's other split, for the floor
     weights: dict | None = None  # of a weights file: what it holds
     statistics: Statistics | None = None  # of an .npz
 
@@ -532,7 +575,7 @@ def of_weights(path, count, seed, device):
         sample = script.load_generator(path).to(device)
 
     def generate(index):
-        if "embedding_dim" in kwargs:  # it is asked for every class in turn
+        if "embedding_dim" in kwargs:  # conditional: every class in turn, in [-1, 1]
             labels = index % len(data["class_names"])
             return sample(z[index], labels), labels
         images = sample(z[index])
@@ -553,9 +596,9 @@ def of_statistics(path):
 
 
 def of_folder(folder, device):
-    """The images below a folder, in colour; sub-folders are classes.
+    """The images in a folder and below it, in colour; its sub-folders are classes.
 
-    All are brought to the width of the first; of an
+    All become squares as wide as the first; of an
     image that is not square the middle is taken.
     """
     from PIL import Image, ImageOps
@@ -565,7 +608,9 @@ def of_folder(folder, device):
     (train, test), class_names = common.load_folder(folder, width, 3)
     pixels = torch.cat([train[0], test[0]])
     labels = torch.cat([train[1], test[1]])
-    images = common.Images(pixels, labels, class_names, folder, "folder", folder)
+    images = common.Images(
+        pixels, labels, class_names, name=folder, dataset_type="folder", data_dir=folder
+    )
     train = None
     if len(class_names) > 1:  # a classifier of them needs no more than 64 pixels a side
         train = replace(images, pixels=common.resize(pixels, min(width, 64), 3)).to(device)
@@ -573,7 +618,10 @@ def of_folder(folder, device):
 
 
 def of_data_set(name, data_dir, weights, device):
-    """The split of a data set, such as mnist:test, in the shape that the weights have seen."""
+    """A split of one of common.DATASET_TYPES, such as mnist:test.
+
+    weights: what it is compared with, and whose size it takes.
+    """
     kind, _, split = name.partition(":")
     legal = "no folder, .pt, .npz, or data set such as mnist:train or mnist:test"
     require(split in ("train", "test"), f"{name!r} is {legal}")
@@ -594,7 +642,7 @@ def of_data_set(name, data_dir, weights, device):
 
 
 def open_source(name, data_dir, num_images, seed, weights, device):
-    """The source of this name. weights: of what it is compared with, or None."""
+    """The source of this name. weights: those it is compared with, or None."""
     if name.endswith(".npz"):
         return of_statistics(name)
     if name.endswith(".pt"):
@@ -619,7 +667,10 @@ def open_sources(generated, real, data_dir, num_images, seed, *, device):
 
 
 def compare_features(real, fake, metric):
-    """KID, precision and recall, of at most 10,000 images of each."""
+    """KID, precision and recall, of at most 10,000 images of each.
+
+    A measure of your own is a line in what is returned.
+    """
     kept = min(real.n, fake.n, 10000)
     ours, theirs = real.features[:kept], fake.features[:kept]
     value, error = kernel_distance(ours, theirs)
@@ -632,7 +683,7 @@ def compare_features(real, fake, metric):
 
 
 def compare_images(real, fake, network):
-    """The columns of all images, and {column: {label: value}} if classes are the same."""
+    """The columns of all images, and {column: {label: value}} if class names are equal."""
     columns = compare_features(real, fake, network.metric)
     made, data = fake.images, real.images
     if len(data.class_names) < 2 or made.class_names != data.class_names:
@@ -658,7 +709,7 @@ def save_neighbours(path, real, fake):
 
 
 def print_result(result, statistics):
-    """Print a line, and a warning where {name: Statistics} are of few images."""
+    """Print a line, and a warning for each of {name: Statistics} with too few images."""
     words = []
     for key, value in result.items():
         short = f"{value:.5g}" if isinstance(value, float) else value
@@ -668,13 +719,13 @@ def print_result(result, statistics):
         if 0 < one.n <= len(one.mu):
             common.warn(
                 f"warning: {name}: N {one.n} is few for {len(one.mu)} "
-                "features: without full rank the covariance makes the distance too "
+                "features: the covariance lacks full rank, which makes the distance too "
                 "large, the more so the fewer images; compare at equal N only"
             )
 
 
 def main(source_kwargs, metric_kwargs):
-    """Measure, print a line, and write what was found. Returns the line's {name: value}."""
+    """Measure, print a line, and write what was found. Returns what was printed."""
     settings = {**source_kwargs, **metric_kwargs}
     check_settings(settings)
     device = common.choose_device(settings["device"])

@@ -15,10 +15,10 @@ paper:  GAN: Goodfellow et al. 2014,
         https://arxiv.org/abs/1801.04406
 course: CMU 16-824, Visual Learning and Recognition,
         spring 2022, assignment 3
-run:    python gan_cub.py                       (any key below is an option: --loss lsgan)
+run:    python gan_cub.py                       (every key of the dicts below is an option)
         python gan_cub.py --experiment losses   (all four in turn, compared)
         python gan_cub.py --experiment r3gan    (what each half of its loss does)
-        torchrun --nproc_per_node=2 gan_cub.py  (two processes, a batch each)
+        torchrun --nproc_per_node=2 gan_cub.py  (two processes, each with its own batch)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png,
         history.csv, fid_vs_iterations.png (the curves and the
@@ -64,15 +64,15 @@ model_kwargs = {
     "feature_maps": 128,  # channels of every layer, in both networks
 }
 # Your own images: a folder of them (dataset_type "folder"), or
-# from Python any torch Dataset in the place of "cub": see `main`.
+# from Python any torch Dataset in place of "cub": see `main`.
 dataset_kwargs = {
     "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images an iteration, in each process
-    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 32,  # 16 | 32 | 64 pixels a side; of cub the whole photograph
     "jpeg_quality": 0,  # of cub, after resizing (the course: 75); 0: none
-    "horizontal_flip": False,  # mirror training images at random: not for digits
+    "horizontal_flip": False,  # mirror half of the training images: not for digits
 }
 trainer_kwargs = {
     "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan (best, with --lr 0.0004)
@@ -80,14 +80,14 @@ trainer_kwargs = {
     "d_steps": 0,  # steps of D for one of G; 0: what suits the loss
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
     "penalty_weight": -1.0,  # of the penalty on D's slope; 0: none; -1: the loss's own
-    "ema_decay": 0.999,  # shown, saved and scored is the averaged G; 0: no average
+    "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "score_features": "auto",  # inception (the FID) | classifier | auto: the first, if there
     "score_images": 10000,  # generated images of a score; 0 leaves the scores out
     "output_dir": "cub_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
@@ -139,14 +139,14 @@ def suit_loss(loss, d_steps, penalty_weight):
 def check_settings(settings):
     """Refuse impossible values in one line, before any work.
 
-    settings: {key: value}. What is not checked here of
-    dataset_kwargs and run_kwargs, common.load_data and
-    training.Run check. A common.BadInput ends with exit status 2.
+    settings: {key: value}. The other keys of dataset_kwargs are
+    checked by common.load_data, those of run_kwargs by
+    training.Run. A common.BadInput ends with exit status 2.
 
     A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes the networks goes into
-    model_kwargs, those parameters too, and both places where
-    networks are built: there, and where weights are loaded.
+    of Trainer.__init__. One that shapes a network goes into
+    model_kwargs and the same parameters, and from there through
+    make_networks (for G also load_generator) to the network.
     Checkpoints that were made without it are then refused.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
@@ -542,22 +542,26 @@ class Trainer:
     - run.batches gives the batches of a period. The images come
       in an order that depends on the seed alone, a new one at
       each pass.
-    - run.train_step calls `step` and keeps its scalars.
-    - run.end_epoch adds a row to the history, their means, and
-      returns all rows.
+    - run.train_step calls `step` and keeps its scalars. run.step
+      is the number of the last call, from 0 in each period.
+    - run.end_epoch adds a row to the history: the means of these
+      scalars, and what it is given. It returns all rows.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
-    written; a run that is killed loses the period under way. A
-    loss that is no longer finite ends the run.
+    written; the same command goes on with the next step. A run
+    that is killed loses the period under way. A loss that is no
+    longer finite ends the run.
 
-    Under torchrun each process trains on images of its own with
-    noise of its own. All begin with equal networks, which stay
-    equal, since `step` averages the gradients, and run the
-    running statistics of batch norm. All of them draw, but only
+    Under torchrun each process has a batch, noise and, where
+    there are GPUs, a GPU of its own. The learning rates stay as
+    they are. All begin with equal networks, which stay equal:
+    `step` averages the gradients over the processes,
+    and training.Run the running statistics of batch norm.
+    The history has means over all of them. All draw, but only
     the first one writes and prints.
 
-    train: a common.Images, which lies on the device as a whole:
+    train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
     train.batch(index) gives those of index (N,) as floats in
     [-1, 1], and their labels.
@@ -593,9 +597,8 @@ class Trainer:
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
-        # A tensor, since a recorded step (see `step`) would
-        # not notice a new number. Both optimisers share it,
-        # and run.epochs leaves it so in a continued run.
+        # A tensor, not a number (see `step`). Both optimisers
+        # hold it, in a continued run too.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
@@ -613,9 +616,10 @@ class Trainer:
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
-    # this Python: an `if` keeps to the recorded branch, a number
-    # to its value, and .item() is an error. So keep what changes
-    # in a tensor, as the learning rate is.
+    # this Python: an `if` always takes the branch that it took
+    # then, a number keeps its value, and .item() is an error. So
+    # keep in a tensor what changes, as the learning rate is.
+    # --cuda_graph false turns the recording off.
     def step(self, real):
         """d_steps iterations, then one step of G.
         real (d_steps * N, C, H, W) in [-1, 1].
@@ -841,9 +845,9 @@ def main(
     your own, here or in the dict above. It gives (image, label):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
-    brought to the network's size and channels, a tenth of them
-    is held out for testing, and `dataset.classes`, if there is
-    such a list, names the labels.
+    squeezed to the network's size and brought to its channels. A
+    tenth of them is held out for testing. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings(
         {**model_kwargs, **dataset_kwargs, **trainer_kwargs, **run_kwargs, **experiment_kwargs}

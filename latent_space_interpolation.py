@@ -9,13 +9,15 @@ run:    python latent_space_interpolation.py        (takes the newest weights in
 writes: beside the weights: latent_space_interpolation.png,
         latent_space_interpolation.csv (how long the walks
         are, and their largest step), latent_space_walk.gif
-        (a closed walk), latent_space.html (the network itself
-        in a page: open it and drag; it is one file and needs
-        no network connection)
-expect: main_vae on MNIST, 50 epochs: the mean step is 1.27 times
-        a cross-fade's on straight lines, 1.31 on great circles,
-        1.38 between test images; 5 s on one core of an AMD EPYC;
-        a page of 5.1 MB that draws 630 images a second
+        (closed walks), latent_space.html (the network itself
+        in a page, with samples, sliders and walks to try; it
+        is one file and needs no network connection)
+expect: main_vae on MNIST, 50 epochs: a step changes the pixels
+        1.27 times as much as a step of a plain cross-fade on
+        straight lines, 1.31 times on great circles, 1.38 times
+        between test images, which says how long the ways are and
+        not how good; 5 s on one core of an AMD EPYC; a page of
+        5.1 MB that draws 630 images a second in a browser there
         (main_dcgan: 2.9 MB, 46 a second)
 """
 
@@ -32,20 +34,20 @@ from torch.nn import functional as F
 import common
 
 source_kwargs = {
-    "weights_path": "",  # of any script; empty: the newest in a folder here
+    "weights_path": "",  # of any script; empty: the newest below this folder
     "output_dir": "",  # everything is written there; empty: beside the weights
-    "data_dir": "",  # where an encoder's images lie; empty: where they lay in training
+    "data_dir": "",  # the folder of an encoder's data; empty: that of training
 }
 picture_kwargs = {
     "rows": 8,  # walks of each kind
-    "steps": 10,  # images a walk, at least 2; also a side of the sweep
-    "sweep": 1.0,  # standard deviations that two latents go to both sides
-    "stops": 5,  # points that the animation passes, at least 2
+    "steps": 10,  # images of a walk, at least 2; the sweep is steps x steps
+    "sweep": 1.0,  # standard deviations that two latents go either way
+    "stops": 5,  # points that the animation passes through, at least 2
     "frames": 12,  # pictures of the animation from one point to the next
     "seed": 0,  # of the points
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
 }
-MOST_BYTES = 8_000_000  # of the page; a larger one takes 11 bits a weight instead of 16, or 8
+MOST_BYTES = 8_000_000  # of the page; else weights take 11 bits instead of 16, or 8
 
 
 def check_settings(settings):
@@ -65,21 +67,22 @@ def lerp(start, end, t):
 
 
 def slerp(start, end, t):
-    """The great circle: (sin((1 - t) w) start
-    + sin(t w) end) / sin w, shapes as in lerp.
+    """The great circle, with shapes as in lerp:
+
+        (sin((1 - t) w) start + sin(t w) end) / sin w
 
     w is the angle between start and end. If both have the same
-    norm, so has every point between. In many dimensions D
-    nearly all of N(0, I) lies at sqrt(D) from 0. The middle of
-    a straight line between two such points lies at
-    sqrt(D / 2), where training has hardly ever been. Where the
-    ends are nearly parallel or opposite, sin w vanishes, and
-    the walk is the straight line.
+    norm, so has every point between. In many dimensions D nearly
+    all of N(0, I) lies at sqrt(D) from 0, and two points drawn
+    from it are nearly at right angles. So the middle of the
+    straight line between them lies at sqrt(D / 2), where training
+    has hardly ever been. Where the ends are nearly parallel or
+    opposite, sin w vanishes, and the walk is the straight line.
     """
     cosine = F.cosine_similarity(start, end, dim=1).clamp(-1, 1)
     angle = cosine.acos()[:, None, None]  # (N, 1, 1)
-    # there line and circle differ by less than
-    # a millionth, or many circles join the ends
+    # nearly parallel: line and circle differ by less than a
+    # millionth; nearly opposite: many circles join the ends
     near = angle.sin() < 1e-3
     sine = torch.where(near, 1, angle.sin())
     start_share = ((1 - t[:, None]) * angle).sin() / sine  # (N, T, 1)
@@ -89,10 +92,10 @@ def slerp(start, end, t):
 
 
 def closed_walk(points, frames):
-    """points (S, D) -> (S * frames, D):
-    on great circles from each to the next, and back.
+    """points (S, D) -> (S * frames, D): on great circles from
+    each to the next, and from the last to the first.
     """
-    t = torch.arange(frames, device=points.device) / frames  # without 1, which is the next one's 0
+    t = torch.arange(frames, device=points.device) / frames  # 1 is the next one's 0
     following = points.roll(-1, 0)  # after the last comes the first
     return slerp(points, following, t).flatten(0, 1)
 
@@ -102,11 +105,11 @@ def evenness(images):
     how much each step changes, in units of a cross-fade.
 
     The change is the mean of |x' - x| over the pixels. A
-    cross-fade from the first image to the last has 1
-    everywhere. The mean of a row is the length of its walk
-    over that of the shortest one, so it is never below 1
-    (but 0 where nothing changes). A leap shows as a step of
-    up to T - 1 times the mean.
+    cross-fade from the first image to the last has 1 everywhere.
+    The mean of a row is the length of its walk divided by that of
+    the shortest one between its ends, so it is never below 1 (but
+    0 where nothing changes). If all the change happens in one
+    step, that step is T - 1 times the mean.
     """
     change = images.diff(dim=1).abs().flatten(2).mean(2)  # (N, T - 1)
     whole = (images[:, -1] - images[:, 0]).abs().flatten(1).mean(1)  # (N,)
@@ -115,8 +118,8 @@ def evenness(images):
 
 
 class Artist:
-    """What draws: the generator of a weights
-    file, or its decoder beside its encoder.
+    """Draws images from z, with the generator of a weights file,
+    or with its decoder; then there is its encoder, too.
     """
 
     def __init__(self, weights_path, data_dir, device):
@@ -239,13 +242,14 @@ def class_panel(artist, z, t):
 
 def sweep_panel(artist, z, t, sweep):
     """The two latents that vary most are swept,
-    one across and one down; z (D,) has the others.
+    one across and one down; the others are those of z (D,).
 
     A VAE may leave latents unused, and those would show nothing.
+    A generator's all vary alike, so its first two are taken.
     """
     mean, deviation = artist.spread()
     order = deviation.argsort(descending=True, stable=True)[:2].tolist()
-    across, down = order[0], order[-1]
+    across, down = order[0], order[-1]  # the same one, if there is only one latent
     way = sweep * (2 * t - 1)  # (T,) from -sweep to sweep
     points = z.repeat(len(t), len(t), 1)  # (T, T, D)
     points[:, :, across] = mean[across] + deviation[across] * way
@@ -292,7 +296,7 @@ def save_picture(panels, title, path):
 
 
 def save_animation(images, path):
-    """images (T, rows, columns, C, H, W) in [0, 1] -> a GIF that repeats for ever."""
+    """images (T, rows, columns, C, H, W) in [0, 1] -> a GIF of 80 ms a frame, without end."""
     from PIL import Image, ImageOps
 
     frames = []
@@ -319,12 +323,10 @@ def save_table(panels, title, path):
 
 
 class Weights:
-    """Tensors as bytes, end to end.
-    What stands for a tensor in the page is its place in them.
+    """Tensors as bytes, end to end; the page is told where each begins.
 
-    Vectors stay exact. Of every other tensor an
-    entry is rounded to a whole number of `bits`
-    bits, times a factor for each output.
+    Vectors are stored exactly. Every other tensor is stored as
+    whole numbers of `bits` bits, times a factor for each output.
     """
 
     def __init__(self, bits):
@@ -340,12 +342,12 @@ class Weights:
         values = tensor.detach().float().cpu()
         if values.ndim == 1:
             return self.append("float32", len(values), values)
-        # the largest entry of each output becomes the largest such number
+        # the largest entry of each output becomes the largest number of so many bits
         largest = values.flatten(0, -2).abs().amax(0).clamp(min=1e-30)  # (outputs,)
         scales = largest / (2 ** (self.bits - 1) - 1)
         whole = (values / scales).round().to(torch.int16)
-        # all low bytes, then all high ones, which
-        # are much alike: so gzip makes them small
+        # All low bytes, then all high ones. With fewer bits the
+        # high ones have fewer values, and gzip makes them small.
         halves = torch.stack([whole & 255, whole >> 8 & 255]).to(torch.uint8)
         place = self.append("int16", whole.numel(), halves)
         return {**place, "scales": self.add(scales)}
@@ -439,7 +441,8 @@ def export_network(artist, weights):
         layers.append({"type": "tanh"})
     if artist.encoder is not None and artist.black == 0:
         layers.append({"type": "sigmoid"})  # decoders of [0, 1] return logits
-    # "brightness" also clamps, as the decoder of colour images in main_ae does
+    # "brightness" maps black to 0 and white to 1, and clamps,
+    # as the decoder of colour images in main_ae does
     layers.append({"type": "brightness", "black": artist.black})
     return layers
 
@@ -452,8 +455,8 @@ def strongest_directions(artist, count):
     the rows of V^T are orthogonal directions in z, and a step
     along one of them changes the image by its singular value. The
     squares of all of these add up to the variance that the map
-    gives to the pixels. z is in units of its deviations, which
-    are those of the prior, or, without one, of the samples.
+    gives to the pixels. z is in units of its standard deviations,
+    which are those of the prior, or, without one, of the samples.
     """
     number = max(2000, 4 * artist.latent_dim)
     points = artist.choose_points(number)  # (N, D)
@@ -469,8 +472,8 @@ def strongest_directions(artist, count):
     squares, vectors = torch.linalg.eigh(transposed @ transposed.T)  # S^2, ascending, and V
     directions = vectors.T.flip(0)[:count]  # (count, D)
     shares = squares.flip(0)[:count] / squares.sum().clamp(min=1e-12)
-    # An eigenvector and its opposite serve equally
-    # well: the largest entry is made positive.
+    # an eigenvector and its opposite serve equally
+    # well: the largest entry is made positive
     largest = directions.gather(1, directions.abs().argmax(1, keepdim=True))  # (count, 1)
     return {
         "samples": number,
@@ -482,7 +485,7 @@ def strongest_directions(artist, count):
 
 
 def page_data(artist, seed):
-    """What the page knows besides its network."""
+    """All that the page needs besides its network."""
     data = {
         "title": artist.title,
         "shape": artist.shape,
@@ -527,9 +530,10 @@ def save_page(artist, seed, path):
 def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, frames, seed, device):
     """Write picture, table, animation and page; returns the panels of the picture.
 
-    A walk of your own is one more Panel in the
-    list `panels`, which has room for one more;
-    with `change` it is also in the table.
+    A walk of your own is one more Panel in the list `panels`,
+    whose picture has room for one more; with `change` it is also
+    in the table. Draw nothing at random for it, or the animation
+    and the page change.
     """
     device = common.choose_device(device)
     path = weights_path or common.newest_weights()

@@ -38,9 +38,9 @@ from detect_vae_anomalies import reconstruction_error
 from latent_space_interpolation import Weights, export, rounded
 
 source_kwargs = {
-    "weights_path": "",  # of main_vae or main_ae; empty: the newest in a folder here
+    "weights_path": "",  # of main_vae or main_ae; empty: the newest below this folder
     "output_dir": "",  # everything is written there; empty: beside the weights
-    "data_dir": "",  # where the encoder's images lie; empty: where they lay in training
+    "data_dir": "",  # the data's folder; empty: that of training
 }
 plane_kwargs = {
     "num_points": 5000,  # test images on the page; picture and table take all

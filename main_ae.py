@@ -9,21 +9,20 @@ courses: CMU 16-824, Visual Learning and Recognition,
         spring 2022, assignment 3 (colour); another course's
         Exercise 1, "Training generative model to generate
         MNIST digits" (grey)
-run:    python main_ae.py                   (any key below is an option: --model_type ae)
+run:    python main_ae.py                   (every key of the dicts below is an option)
         python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
-        torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
+        torchrun --nproc_per_node=2 main_ae.py           (two processes, each with its own batch)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
-writes: cifar10_VAE/: generated_image_epoch_{E}.png,
-        reconstruction_epoch_{E}.png,
+writes: cifar10_VAE/. After every epoch: history.csv, run.html
+        (open it to watch: pictures and curves), checkpoint.pt
+        (also at Ctrl-C; the same command continues from it).
+        After the first, the last and every sample_every:
+        generated_image_epoch_{E}.png,
+        reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
         latent_space_epoch_{E}.png (if latent_dim is 2),
-        train_loss_curve_{E}.png, history.csv,
-        run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C
-        (the same command continues from it),
-        weights_epoch_{E}.pt (for sampling);
-        an experiment: such a folder for each setting,
-        {experiment}.png and {experiment}.csv
+        weights_epoch_{E}.pt (for sampling). An experiment: such
+        a folder for each setting, {experiment}.png and .csv
 differs from the papers: Burgess et al. pull the KL to a target
         that grows, while here it is only multiplied by beta, as
         in the courses, whose networks these are; gradients are
@@ -56,32 +55,32 @@ model_kwargs = {
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
-# the place of "cifar10": see `main`.
+# place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 32,  # pixels a side, a multiple of 8: MNIST's 28 are padded to 32
 }
 trainer_kwargs = {
-    "num_epochs": 20,  # may grow later; 0 only checks settings and data
+    "num_epochs": 20,  # may be raised later; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate
     "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
     "beta_schedule": "constant",  # constant | linear: from 0 in epoch 1 to beta
     "beta_epochs": 20,  # of the linear schedule: with 20, epoch 21 has all of beta
-    "ema_decay": 0.99,  # tested, shown and saved are averaged weights; 0: no average
+    "ema_decay": 0.99,  # averaged networks are tested, shown and saved; 0: none are
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "output_dir": "cifar10_VAE",  # everything is written there; each setting its own
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
     "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
-    "sample_every": 5,  # epochs between pictures and weights; also the first and the last
+    "sample_every": 5,  # epochs between pictures and weights; first and last have them
 }
 experiment_kwargs = {
     "experiment": "none",  # none | latent_sizes | betas | schedule | model_types
@@ -114,14 +113,14 @@ EXPERIMENTS = {
 def check_settings(settings):
     """Refuse impossible values in one line, before any work.
 
-    settings: {key: value}. What is not checked here of
-    dataset_kwargs and run_kwargs, common.load_data and
-    training.Run check. A common.BadInput ends with exit status 2.
+    settings: {key: value}. The other keys of dataset_kwargs are
+    checked by common.load_data, those of run_kwargs by
+    training.Run. A common.BadInput ends with exit status 2.
 
     A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes the networks goes into
-    model_kwargs, those parameters too, and both places where
-    networks are built: there, and where weights are loaded.
+    of Trainer.__init__. One that shapes a network goes into
+    model_kwargs and the same parameters, and from there through
+    make_networks, which load_model calls too, to the network.
     Checkpoints that were made without it are then refused.
     """
     legal_values = {
@@ -372,24 +371,29 @@ class Trainer:
     - run.batches gives the batches of an epoch, in an order that
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
-    - run.train_step calls `step` and keeps its scalars.
-    - run.end_epoch adds a row to the history, their means over
-      the epoch's images, and returns all rows.
+    - run.train_step calls `step` and keeps its scalars. run.step
+      is the number of the last step, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the means of these
+      scalars over the epoch's images, and what it is given. It
+      returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
-    written; a run that is killed loses the epoch under way. A
-    loss that is no longer finite ends the run.
+    written; the same command goes on with the next step. A run
+    that is killed loses the epoch under way. A loss that is no
+    longer finite ends the run.
 
-    Under torchrun each process trains on images of its own with
-    noise of its own. All begin with equal networks, which stay
-    equal, since gradients are averaged. All of them draw, but
-    only the first one writes and prints.
+    Under torchrun each process has a batch, noise and, where
+    there are GPUs, a GPU of its own. The learning rates stay as
+    they are. All begin with equal networks, which stay equal:
+    `step` averages the gradients over the processes.
+    The history has means over all of them. All draw, but only
+    the first one writes and prints.
 
-    train, test: two common.Images, which lie on the device as a
-    whole: train.pixels (M, C, H, W) are all images as uint8, and
+    train, test: two common.Images, all of which lie on the
+    device: train.pixels (M, C, H, W) are all images as uint8, and
     train.batch(index) gives those of index (N,) as floats in
     [-1, 1] (grey: in [0, 1]), and their labels.
 
@@ -428,8 +432,8 @@ class Trainer:
         self.encoder, self.decoder = networks
         self.ema_encoder, self.ema_decoder = copy.deepcopy(networks)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # tensors, not numbers (see `step`); `fit` may
-        # change them with fill_, in a continued run too
+        # Tensors, not numbers (see `step`): `fit` may change them
+        # with fill_. The optimiser holds lr in continued runs, too.
         self.lr = torch.tensor(lr, device=device)
         self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
@@ -440,10 +444,15 @@ class Trainer:
         """Images x (N, C, H, W) -> loss, reconstruction
         and KL, each a mean over the images.
 
-        With beta 1 a VAE's loss is the negative evidence
-        lower bound (ELBO), in colour up to a constant. z is
+        With the prior p(z) = N(0, I) and any q(z|x),
+            log p(x) >= E[log p(x|z)] - KL(q(z|x) || p(z)),
+        where z ~ q(z|x): the evidence lower bound (ELBO). With
+        beta 1 a VAE's loss is its negative, in colour up to a
+        constant; the expectation is estimated with one z. z is
         sampled for test images too, so that train and test
-        losses can be compared.
+        losses can be compared. For a column that needs mu or
+        logvar return it too: `step` and `evaluate` unpack what
+        is returned.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)
@@ -457,9 +466,10 @@ class Trainer:
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
-    # this Python: an `if` keeps to the recorded branch, a number
-    # to its value, and .item() is an error. So keep what changes
-    # in a tensor, as the learning rate is.
+    # this Python: an `if` always takes the branch that it took
+    # then, a number keeps its value, and .item() is an error. So
+    # keep in a tensor what changes, as the learning rate is.
+    # --cuda_graph false turns the recording off.
     def step(self, x):
         """One step of Adam, and one of the averages. x (N, C, H, W);
         returns scalars.
@@ -528,7 +538,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings is refused; only num_epochs,
         precision, data_dir and the run_kwargs other than the seed
         may change. Changed code is not noticed: then give another
         --output_dir, or --resume false.
@@ -542,19 +552,17 @@ class Trainer:
             "optimizer": self.optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay of the learning rate goes here. Compute it from epoch (1, 2,
-            # ...), not from the last rate, since a continued epoch runs this again:
-            #     self.lr.fill_(0.001 * 0.9 ** (epoch - 1))
+            # A decay of the learning rate goes here. Compute it from
+            # epoch (1, 2, ...), since a continued epoch runs this again:
+            #     self.lr.fill_(run.settings["lr"] * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)
             self.beta.fill_(beta)
             for images, _ in run.batches():  # (N, C, H, W) on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here. run.step is the number of the
-                # step just done, counted from 0 in each epoch:
+                # a picture every 100 steps goes here:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # for another column, measured once
-            # an epoch, add a number to this dict
+            # another column, measured once an epoch, goes into this dict
             history = run.end_epoch({**self.evaluate(), "beta": beta})
             if run.pictures_due:
                 self.draw(epoch)
@@ -690,9 +698,9 @@ def main(
     your own, here or in the dict above. It gives (image, label):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
-    brought to the network's size and channels, a tenth of them
-    is held out for testing, and `dataset.classes`, if there is
-    such a list, names the labels.
+    squeezed to the network's size and brought to its channels. A
+    tenth of them is held out for testing. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs, **experiment_kwargs})
     if experiment_kwargs["experiment"] != "none":

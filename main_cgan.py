@@ -6,24 +6,28 @@ paper:  Mirza and Osindero 2014, Conditional Generative
         Miyato and Koyama 2018, cGANs with Projection
         Discriminator, https://arxiv.org/abs/1802.05637
         (conditioning `projection`)
-run:    python main_cgan.py --num_epochs 20         (any key below is such an option)
-        torchrun --nproc_per_node=2 main_cgan.py    (two processes, a batch each)
-writes: mnist_CGAN/: generated_image_epoch_{E}.png (a row for
-        each class, a column for each z),
-        train_loss_curve_{E}.png, history.csv,
-        training.gif (the pictures over the epochs),
-        run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C
-        (the same command continues from it),
-        weights_epoch_{E}.pt (for sampling)
+        Radford et al. 2015, Unsupervised Representation Learning
+        with DCGANs, https://arxiv.org/abs/1511.06434
+        (the layers)
+run:    python main_cgan.py --num_epochs 20         (every key of the dicts below is an option)
+        torchrun --nproc_per_node=2 main_cgan.py    (two processes, each with its own batch)
+writes: mnist_CGAN/. After every epoch: history.csv, run.html
+        (open it to watch: pictures and curves), checkpoint.pt
+        (also at Ctrl-C; the same command continues from it).
+        After the first, the last and every sample_every:
+        generated_image_epoch_{E}.png (a row for each class, a
+        column for each z), train_loss_curve_{E}.png,
+        weights_epoch_{E}.pt (for sampling). At the end:
+        training.gif (the pictures over the epochs)
 differs from the papers: convolutions and learned class vectors
         (2014: fully connected layers, one-hot classes);
         cross-entropy without spectral norm (2018: hinge, with
         it); pictures and weights are of an averaged G (ema_decay)
-expect: MNIST, 20 epochs, seed 0, float32: a classifier sees the
-        asked digit in 99.6 % of 10,000 samples (98.3 % in the
-        worst class); diversity within a class 0.91 (worst 0.88);
-        after 5 epochs 98.8 % (97.6 %) and 0.95
+expect: MNIST, 20 epochs, seed 0, float32: with --score_every 5 a
+        classifier sees the asked digit in 99.6 % of 10,000
+        samples (98.3 % in the worst class); diversity within a
+        class (see `diversity`) 0.91, worst 0.88; after 5 epochs
+        98.8 % (97.6 %) and 0.95
 """
 
 import io
@@ -40,39 +44,39 @@ import training  # the frame of a run: epochs, history, checkpoints
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
     "embedding_dim": 50,  # entries of the learned vector of a class, beside z
-    "feature_maps": 16,  # channels next to the image; they double as the side halves
+    "feature_maps": 16,  # channels of the largest map; they double as the side halves
     "conditioning": "projection",  # concat | projection: how D sees the class
     "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
-# the place of "mnist": see `main`.
+# place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 32,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
-    "image_size": 0,  # 16 | 28 | 32 | 64; 0: 28 for digits, 16 for sprites, else 32
-    "horizontal_flip": False,  # mirror training images at random: not for digits
+    "image_size": 0,  # 16 | 28 | 32 | 64; 0: the data's own (MNIST 28), else 32
+    "horizontal_flip": False,  # mirror half of the training images: not for digits
 }
 trainer_kwargs = {
-    "num_epochs": 20,  # may grow later; 0 only checks settings and data
+    "num_epochs": 20,  # may be raised later; 0 only checks settings and data
     "generator_lr": 0.0005,  # Adam's rate; at 0.001 one class collapsed with seed 1
     "discriminator_lr": 0.0005,  # Adam's learning rate
-    "ema_decay": 0.999,  # shown, saved and scored is the averaged G; 0: no average
-    "precision": "float32",  # auto | float32 | bfloat16; the last was slower here
+    "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
+    "precision": "float32",  # auto | float32 | bfloat16, which was slower on two cores
     "score_every": 0,  # epochs between scores (see fid.py); 0: no scores
-    "score_features": "classifier",  # inception | classifier; only the first gives the FID
+    "score_features": "classifier",  # inception (the FID) | classifier
     "output_dir": "mnist_CGAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
     "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
-    "sample_every": 1,  # epochs between pictures and weights; also the first and the last
+    "sample_every": 1,  # epochs between pictures and weights; first and last have them
 }
 
 # {image_size: (side of the smallest feature
@@ -83,14 +87,14 @@ SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 def check_settings(settings):
     """Refuse impossible values in one line, before any work.
 
-    settings: {key: value}. What is not checked here of
-    dataset_kwargs and run_kwargs, common.load_data and
-    training.Run check. A common.BadInput ends with exit status 2.
+    settings: {key: value}. The other keys of dataset_kwargs are
+    checked by common.load_data, those of run_kwargs by
+    training.Run. A common.BadInput ends with exit status 2.
 
     A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes the networks goes into
-    model_kwargs, those parameters too, and both places where
-    networks are built: there, and where weights are loaded.
+    of Trainer.__init__. One that shapes a network goes into
+    model_kwargs and the same parameters, and from there through
+    make_networks (for G also load_generator) to the network.
     Checkpoints that were made without it are then refused.
     """
     for key in ("latent_dim", "embedding_dim", "feature_maps"):
@@ -125,7 +129,8 @@ class Generator(nn.Module):
         self.embedding = nn.Embedding(num_classes, embedding_dim)
         side, doublings = SIDES[image_size]
         width = feature_maps * 2 ** (doublings - 1)  # 32 channels
-        # batch norm subtracts the mean, so no bias is needed before it
+        # batch norm subtracts the mean, so no bias is needed before
+        # it; G's last layer has none either, as in pytorch/examples
         inputs = latent_dim + embedding_dim
         layers = [nn.ConvTranspose2d(inputs, width, kernel_size=side, bias=False)]
         layers.append(nn.BatchNorm2d(width))
@@ -140,9 +145,9 @@ class Generator(nn.Module):
         layers.append(nn.Tanh())  # the range of the data
         self.model = nn.Sequential(*layers)
         self.apply(init_weights)
-        # With a standard deviation of 0.2 it is five
-        # times smaller than z. With 1 G ignored z, and
-        # all samples of a class were the same picture.
+        # With a standard deviation of 0.2 a class's vector is
+        # five times smaller than z. With 1, G ignored z, and all
+        # samples of a class were the same picture.
         nn.init.normal_(self.embedding.weight, 0.0, 0.2)
 
     def forward(self, z, labels):
@@ -186,7 +191,7 @@ class Discriminator(nn.Module):
         # The first layer has no batch norm: DCGAN's paper found
         # that next to the pixels it makes training oscillate.
         layers = [nn.Conv2d(image_channels, width, **down)]
-        # negative inputs have a slope too, so that G learns from them
+        # negative inputs keep a gradient, which G learns from
         layers.append(nn.LeakyReLU(0.2))  # (N, 16, 14, 14)
         for _ in range(halvings - 1):
             layers.append(nn.Conv2d(width, 2 * width, bias=False, **down))
@@ -199,7 +204,7 @@ class Discriminator(nn.Module):
             self.directions = nn.Embedding(num_classes, width * side**2)
         self.apply(init_weights)
         if conditioning == "projection":
-            nn.init.normal_(self.directions.weight, 0.0, 0.02)  # as the convolution psi beside it
+            nn.init.normal_(self.directions.weight, 0.0, 0.02)  # as psi's weights
 
     def forward(self, x, labels):
         if self.conditioning == "concat":
@@ -217,7 +222,7 @@ class Discriminator(nn.Module):
 def init_weights(module):
     """Weights of convolutions from N(0, 0.02^2), as DCGAN's paper says.
 
-    The scales of batch norm from N(1, 0.02^2), as in its authors' code.
+    Batch norm's scales from N(1, 0.02^2), as in its authors' code.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -253,8 +258,8 @@ def generator_loss(fake_logits):
     the batch (section 3 of Goodfellow et al.).
 
     The minimax form log(1 - D(G(z))) would hardly teach a bad G:
-    its gradient by the logit is only as large as D(G(z)), which
-    is near 0 just then.
+    its gradient with respect to the logit has size D(G(z)), which
+    is near 0 just then. Here it is 1 - D(G(z)), near 1.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -319,24 +324,29 @@ class Trainer:
     - run.batches gives the batches of an epoch, in an order that
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
-    - run.train_step calls `step` and keeps its scalars.
-    - run.end_epoch adds a row to the history, their means over
-      the epoch's images, and returns all rows.
+    - run.train_step calls `step` and keeps its scalars. run.step
+      is the number of the last step, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the means of these
+      scalars over the epoch's images, and what it is given. It
+      returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
-    written; a run that is killed loses the epoch under way. A
-    loss that is no longer finite ends the run.
+    written; the same command goes on with the next step. A run
+    that is killed loses the epoch under way. A loss that is no
+    longer finite ends the run.
 
-    Under torchrun each process trains on images of its own with
-    noise of its own. All begin with equal networks, which stay
-    equal, since `step` averages the gradients, and run the
-    running statistics of batch norm. All of them draw, but only
+    Under torchrun each process has a batch, noise and, where
+    there are GPUs, a GPU of its own. The learning rates stay as
+    they are. All begin with equal networks, which stay equal:
+    `step` averages the gradients over the processes,
+    and training.Run the running statistics of batch norm.
+    The history has means over all of them. All draw, but only
     the first one writes and prints.
 
-    train: a common.Images, which lies on the device as a whole:
+    train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
     train.batch(index) gives those of index (N,) as floats in
     [-1, 1], and their labels.
@@ -367,15 +377,15 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # tensors, not numbers (see `step`); `fit` may
-        # change them with fill_, in a continued run too
+        # Tensors, not numbers (see `step`): `fit` may change them
+        # with fill_. The optimisers hold them in continued runs, too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
         # every picture is drawn from these, so that epochs can be compared
         self.fixed_z = torch.randn(1000, latent_dim).to(train.device)
-        index = torch.arange(1000, device=train.device)
+        index = torch.arange(1000, device=train.device)  # load_data leaves nothing sorted
         self.fixed_labels = index % len(train.class_names)
         self.real_distances = distance_within_classes(*train.batch(index[: len(train)]))
         self.score_every, self.scorer = score_every, None
@@ -383,8 +393,8 @@ class Trainer:
             self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):
-        """Inside, the networks compute in
-        bfloat16, if `precision` says so.
+        """A context in which the networks compute in
+        bfloat16, if `precision` asks for it.
 
         Their weights and logits, the losses and the pictures are float32.
         """
@@ -393,9 +403,10 @@ class Trainer:
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
-    # this Python: an `if` keeps to the recorded branch, a number
-    # to its value, and .item() is an error. So keep what changes
-    # in a tensor, as the learning rate is.
+    # this Python: an `if` always takes the branch that it took
+    # then, a number keeps its value, and .item() is an error. So
+    # keep in a tensor what changes, as the learning rate is.
+    # --cuda_graph false turns the recording off.
     def step(self, real, labels):
         """One step of D, then one of G.
         real (N, C, H, W), labels (N,); returns scalars.
@@ -405,9 +416,9 @@ class Trainer:
         in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
-        # Each half in a pass of its own: batch norm
-        # sees one kind of image at a time, as DCGAN's
-        # authors advise. Detached images teach only D.
+        # Real and generated images pass D separately, since batch
+        # norm is to see one kind at a time, as DCGAN's authors
+        # advise. With detach, d_loss sends no gradient to G.
         with self.autocast():
             fake = self.generator(z, labels)  # (N, C, H, W), of the real images' classes
             real_logits = self.discriminator(real, labels)  # (N,)
@@ -419,13 +430,13 @@ class Trainer:
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt: a
-        # second `autocast`, since the first keeps the
-        # bfloat16 copies that it made of D's old weights.
+        # G is judged by the D that has just learnt. The first
+        # `autocast` would reuse bfloat16 copies of D's old
+        # weights, hence a second one.
         with self.autocast():
             g_loss = generator_loss(self.discriminator(fake, labels))
         self.generator_optimizer.zero_grad()
-        g_loss.backward(inputs=list(self.generator.parameters()))  # D's weights need none
+        g_loss.backward(inputs=list(self.generator.parameters()))  # none for D's weights
         training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.update_ema()
@@ -445,10 +456,11 @@ class Trainer:
         ema_decay, so that the first weights are soon forgotten.
         With 0.999 it is an average over about 1000 steps.
         """
-        # batch norm counts the steps on the device
+        # model[1] is a batch norm, which counts the steps in a
+        # tensor, as a recorded step must (see `step`)
         t = self.generator.model[1].num_batches_tracked
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
-        averaged = self.ema_generator.state_dict()  # the very tensors of the network
+        averaged = self.ema_generator.state_dict()  # references, not copies
         for name, value in self.generator.state_dict().items():
             if value.is_floating_point():  # counters are not averaged
                 averaged[name].lerp_(value, weight)
@@ -458,9 +470,9 @@ class Trainer:
         """z (N, latent_dim), labels (N,)
         -> images (N, C, H, W) in [-1, 1].
 
-        They are of the averaged generator in eval
-        mode, in which batch norm does not make a
-        picture depend on the others of its batch.
+        They come from the averaged generator in eval mode, where
+        batch norm does not make a picture depend on the others
+        of its batch.
         """
         return self.ema_generator(z, labels)
 
@@ -495,7 +507,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings is refused; only num_epochs,
         score_every, precision, data_dir and the run_kwargs other
         than the seed may change. Changed code is not noticed:
         then give another --output_dir, or --resume false.
@@ -509,17 +521,17 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay of the learning rate goes here. Compute it from epoch (1, 2,
-            # ...), not from the last rate, since a continued epoch runs this again:
-            #     self.generator_lr.fill_(0.0005 * 0.99 ** (epoch - 1))
+            # A decay of the learning rate goes here. Compute it from
+            # epoch (1, 2, ...), since a continued epoch runs this again:
+            #     first = run.settings["generator_lr"]
+            #     self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
             for images, labels in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images, labels)
-                # A picture every 100 steps goes here. run.step is the number of the
-                # step just done, counted from 0 in each epoch:
+                # a picture every 100 steps goes here:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # for another column, measured once an epoch, add it to this dict
+            # another column, measured once an epoch, goes into this dict
             measured = self.diversity()
             if self.scorer and epoch % self.score_every == 0:
                 measured |= self.scorer(self.generate)
@@ -536,7 +548,7 @@ class Trainer:
         """
         names = self.train.class_names[:50]
         labels = torch.arange(len(names), device=self.train.device).repeat_interleave(10)
-        z = self.fixed_z[:10].repeat(len(names), 1)  # (10 rows, latent_dim)
+        z = self.fixed_z[:10].repeat(len(names), 1)  # (10 * rows, latent_dim)
         title = f"{self.train.name}, epoch {name}"
         path = self.folder / f"generated_image_epoch_{name}.png"
         save_named_grid(self.sample(z, labels), names, title, path)
@@ -590,7 +602,7 @@ class Trainer:
 
 
 def save_named_grid(images, names, title, path):
-    """Write images (10 n, C, H, W) in [-1, 1] as
+    """Write images (10 * n, C, H, W) in [-1, 1] as
     n rows of ten, each with its name beside it.
     """
     from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -641,9 +653,9 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     your own, here or in the dict above. It gives (image, label):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
-    brought to the network's size and channels, a tenth of them
-    is held out for testing, and `dataset.classes`, if there is
-    such a list, names the labels.
+    squeezed to the network's size and brought to its channels. A
+    tenth of them is held out for testing. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

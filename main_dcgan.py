@@ -3,20 +3,23 @@ also on digits, sprites and your own images.
 
 paper:  Radford et al. 2015, Unsupervised Representation
         Learning with DCGANs, https://arxiv.org/abs/1511.06434
-run:    python main_dcgan.py --num_epochs 10        (any key below is such an option)
-        torchrun --nproc_per_node=2 main_dcgan.py   (two processes, a batch each)
-writes: cifar10_GAN/: generated_image_epoch_{E}.png,
-        train_loss_curve_{E}.png, history.csv,
-        run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C
-        (the same command continues from it),
+run:    python main_dcgan.py --num_epochs 10        (every key of the dicts below is an option)
+        torchrun --nproc_per_node=2 main_dcgan.py   (two processes, each with its own batch)
+writes: cifar10_GAN/. After every epoch: history.csv, run.html
+        (open it to watch: pictures and curves), checkpoint.pt
+        (also at Ctrl-C; the same command continues from it).
+        After the first, the last and every sample_every:
+        generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: batches of 16 (there: 128)
         and a normal z (there: uniform); pictures
         and weights are of an averaged G (ema_decay)
 expect: CIFAR-10, 10 epochs, seed 0, float32: shapes of
         cars, birds, ships; D(x) 0.75, D(G(z)) 0.25,
-        diversity 0.98; 43 min on one core of an AMD EPYC
+        diversity 0.98 (see `fit`); 43 min on one core of an AMD
+        EPYC. D(x) and D(G(z)) are the probabilities of being
+        real that D gives to real and to generated images: at 1
+        and 0 D has won
 """
 
 from pathlib import Path
@@ -31,38 +34,38 @@ import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
-    "feature_maps": 64,  # channels next to the image; they double as the side halves
+    "feature_maps": 64,  # channels of the largest map; they double as the side halves
     "image_channels": 3,  # 3 colour, 1 grey; mnist and fashion_mnist are always grey
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
-# the place of "cifar10": see `main`.
+# place of "cifar10": see `main`.
 dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
-    "image_size": 0,  # 16 | 28 | 32 | 64; 0: 28 for digits, 16 for sprites, else 32
-    "horizontal_flip": False,  # mirror training images at random: not for digits
+    "image_size": 0,  # 16 | 28 | 32 | 64; 0: the data's own (MNIST 28), else 32
+    "horizontal_flip": False,  # mirror half of the training images: not for digits
 }
 trainer_kwargs = {
-    "num_epochs": 200,  # may grow later; 0 only checks settings and data
+    "num_epochs": 200,  # may be raised later; 0 only checks settings and data
     "generator_lr": 0.0002,  # Adam's learning rate, the paper's
     "discriminator_lr": 0.0002,  # Adam's learning rate, the paper's
-    "ema_decay": 0.999,  # shown, saved and scored is the averaged G; 0: no average
+    "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "score_every": 0,  # epochs between scores (see fid.py); 0: no scores
-    "score_features": "classifier",  # inception | classifier; only the first gives the FID
+    "score_features": "classifier",  # inception (the FID) | classifier
     "output_dir": "cifar10_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
     "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
-    "sample_every": 50,  # epochs between pictures and weights; also the first and the last
+    "sample_every": 50,  # epochs between pictures and weights; first and last have them
 }
 
 # {image_size: (side of the smallest feature
@@ -73,14 +76,14 @@ SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 def check_settings(settings):
     """Refuse impossible values in one line, before any work.
 
-    settings: {key: value}. What is not checked here of
-    dataset_kwargs and run_kwargs, common.load_data and
-    training.Run check. A common.BadInput ends with exit status 2.
+    settings: {key: value}. The other keys of dataset_kwargs are
+    checked by common.load_data, those of run_kwargs by
+    training.Run. A common.BadInput ends with exit status 2.
 
     A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes the networks goes into
-    model_kwargs, those parameters too, and both places where
-    networks are built: there, and where weights are loaded.
+    of Trainer.__init__. One that shapes a network goes into
+    model_kwargs and the same parameters, and from there through
+    make_networks (for G also load_generator) to the network.
     Checkpoints that were made without it are then refused.
     """
     for key in ("latent_dim", "feature_maps"):
@@ -109,7 +112,8 @@ class Generator(nn.Module):
         super().__init__()
         side, doublings = SIDES[image_size]
         width = feature_maps * 2 ** (doublings - 1)  # 256 channels
-        # batch norm subtracts the mean, so no bias is needed before it
+        # batch norm subtracts the mean, so no bias is needed before
+        # it; G's last layer has none either, as in pytorch/examples
         layers = [nn.ConvTranspose2d(latent_dim, width, kernel_size=side, bias=False)]
         layers.append(nn.BatchNorm2d(width))
         layers.append(nn.ReLU())  # (N, 256, 4, 4)
@@ -141,7 +145,7 @@ class Discriminator(nn.Module):
         # The first layer has no batch norm: DCGAN's paper found
         # that next to the pixels it makes training oscillate.
         layers = [nn.Conv2d(image_channels, width, **down)]
-        # negative inputs have a slope too, so that G learns from them
+        # negative inputs keep a gradient, which G learns from
         layers.append(nn.LeakyReLU(0.2))  # (N, 64, 16, 16)
         for _ in range(halvings - 1):
             layers.append(nn.Conv2d(width, 2 * width, bias=False, **down))
@@ -160,7 +164,7 @@ def init_weights(module):
     """Weights of convolutions from
     N(0, 0.02^2), as the paper says (section 4).
 
-    The scales of batch norm from N(1, 0.02^2), as in its authors' code.
+    Batch norm's scales from N(1, 0.02^2), as in its authors' code.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -196,8 +200,8 @@ def generator_loss(fake_logits):
     the batch (section 3 of Goodfellow et al.).
 
     The minimax form log(1 - D(G(z))) would hardly teach a bad G:
-    its gradient by the logit is only as large as D(G(z)), which
-    is near 0 just then.
+    its gradient with respect to the logit has size D(G(z)), which
+    is near 0 just then. Here it is 1 - D(G(z)), near 1.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -244,24 +248,29 @@ class Trainer:
     - run.batches gives the batches of an epoch, in an order that
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
-    - run.train_step calls `step` and keeps its scalars.
-    - run.end_epoch adds a row to the history, their means over
-      the epoch's images, and returns all rows.
+    - run.train_step calls `step` and keeps its scalars. run.step
+      is the number of the last step, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the means of these
+      scalars over the epoch's images, and what it is given. It
+      returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
-    written; a run that is killed loses the epoch under way. A
-    loss that is no longer finite ends the run.
+    written; the same command goes on with the next step. A run
+    that is killed loses the epoch under way. A loss that is no
+    longer finite ends the run.
 
-    Under torchrun each process trains on images of its own with
-    noise of its own. All begin with equal networks, which stay
-    equal, since `step` averages the gradients, and run the
-    running statistics of batch norm. All of them draw, but only
+    Under torchrun each process has a batch, noise and, where
+    there are GPUs, a GPU of its own. The learning rates stay as
+    they are. All begin with equal networks, which stay equal:
+    `step` averages the gradients over the processes,
+    and training.Run the running statistics of batch norm.
+    The history has means over all of them. All draw, but only
     the first one writes and prints.
 
-    train: a common.Images, which lies on the device as a whole:
+    train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
     train.batch(index) gives those of index (N,) as floats in
     [-1, 1], and their labels.
@@ -291,8 +300,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # tensors, not numbers (see `step`); `fit` may
-        # change them with fill_, in a continued run too
+        # Tensors, not numbers (see `step`): `fit` may change them
+        # with fill_. The optimisers hold them in continued runs, too.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -306,8 +315,8 @@ class Trainer:
             self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):
-        """Inside, the networks compute in
-        bfloat16, if `precision` says so.
+        """A context in which the networks compute in
+        bfloat16, if `precision` asks for it.
 
         Their weights and logits, the losses and the pictures are float32.
         """
@@ -316,9 +325,10 @@ class Trainer:
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
-    # this Python: an `if` keeps to the recorded branch, a number
-    # to its value, and .item() is an error. So keep what changes
-    # in a tensor, as the learning rate is.
+    # this Python: an `if` always takes the branch that it took
+    # then, a number keeps its value, and .item() is an error. So
+    # keep in a tensor what changes, as the learning rate is.
+    # --cuda_graph false turns the recording off.
     def step(self, real):
         """One step of D, then one of G. real (N, C, H, W) in [-1, 1];
         returns scalars.
@@ -328,9 +338,9 @@ class Trainer:
         in draw_curves.
         """
         z = torch.randn(len(real), self.latent_dim, device=real.device)
-        # Each half in a pass of its own: batch norm
-        # sees one kind of image at a time, as DCGAN's
-        # authors advise. Detached images teach only D.
+        # Real and generated images pass D separately, since batch
+        # norm is to see one kind at a time, as DCGAN's authors
+        # advise. With detach, d_loss sends no gradient to G.
         with self.autocast():
             fake = self.generator(z)  # (N, C, H, W)
             real_logits = self.discriminator(real)  # (N,)
@@ -342,13 +352,13 @@ class Trainer:
         training.all_reduce_gradients(self.discriminator_optimizer)
         self.discriminator_optimizer.step()
 
-        # G is judged by the D that has just learnt: a
-        # second `autocast`, since the first keeps the
-        # bfloat16 copies that it made of D's old weights.
+        # G is judged by the D that has just learnt. The first
+        # `autocast` would reuse bfloat16 copies of D's old
+        # weights, hence a second one.
         with self.autocast():
             g_loss = generator_loss(self.discriminator(fake))
         self.generator_optimizer.zero_grad()
-        g_loss.backward(inputs=list(self.generator.parameters()))  # D's weights need none
+        g_loss.backward(inputs=list(self.generator.parameters()))  # none for D's weights
         training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
         self.update_ema()
@@ -368,10 +378,11 @@ class Trainer:
         ema_decay, so that the first weights are soon forgotten.
         With 0.999 it is an average over about 1000 steps.
         """
-        # batch norm counts the steps on the device
+        # model[1] is a batch norm, which counts the steps in a
+        # tensor, as a recorded step must (see `step`)
         t = self.generator.model[1].num_batches_tracked
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
-        averaged = self.ema_generator.state_dict()  # the very tensors of the network
+        averaged = self.ema_generator.state_dict()  # references, not copies
         for name, value in self.generator.state_dict().items():
             if value.is_floating_point():  # counters are not averaged
                 averaged[name].lerp_(value, weight)
@@ -380,9 +391,9 @@ class Trainer:
     def sample(self, z):
         """z (N, latent_dim) -> images (N, C, H, W) in [-1, 1].
 
-        They are of the averaged generator in eval
-        mode, in which batch norm does not make a
-        picture depend on the others of its batch.
+        They come from the averaged generator in eval mode, where
+        batch norm does not make a picture depend on the others
+        of its batch.
         """
         return self.ema_generator(z)
 
@@ -394,7 +405,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings is refused; only num_epochs,
         score_every, precision, data_dir and the run_kwargs other
         than the seed may change. Changed code is not noticed:
         then give another --output_dir, or --resume false.
@@ -408,20 +419,20 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay of the learning rate goes here. Compute it from epoch (1, 2,
-            # ...), not from the last rate, since a continued epoch runs this again:
-            #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
+            # A decay of the learning rate goes here. Compute it from
+            # epoch (1, 2, ...), since a continued epoch runs this again:
+            #     first = run.settings["generator_lr"]
+            #     self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images)
-                # A picture every 100 steps goes here. run.step is the number of the
-                # step just done, counted from 0 in each epoch:
+                # a picture every 100 steps goes here:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
             # 1: as varied as the data; towards 0: all alike (collapse); above 1: noise
             diversity = mean_distance(samples) / self.real_distance
-            # for another column, measured once an epoch, add it to this dict
+            # another column, measured once an epoch, goes into this dict
             measured = {"diversity": diversity}
             if self.scorer and epoch % self.score_every == 0:
                 measured |= self.scorer(self.generate)
@@ -462,7 +473,10 @@ def load_generator(weights_path):
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     side = weights["data"]["shape"][1]
-    generator = Generator(**weights["model_kwargs"], image_size=side)
+    kwargs = weights["model_kwargs"]
+    generator = Generator(
+        kwargs["latent_dim"], kwargs["feature_maps"], kwargs["image_channels"], image_size=side
+    )
     generator.load_state_dict(weights["generator"])
     return generator.eval()
 
@@ -474,9 +488,9 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     your own, here or in the dict above. It gives (image, label):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
-    brought to the network's size and channels, a tenth of them
-    is held out for testing, and `dataset.classes`, if there is
-    such a list, names the labels.
+    squeezed to the network's size and brought to its channels. A
+    tenth of them is held out for testing. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

@@ -3,14 +3,14 @@ the smallest adversarial pair that draws digits.
 
 paper:  Goodfellow et al. 2014, Generative Adversarial
         Nets, https://arxiv.org/abs/1406.2661
-run:    python main_gan.py --num_epochs 20          (any key below is such an option)
+run:    python main_gan.py --num_epochs 20          (every key of the dicts below is an option)
         python main_gan.py --resume false           (start over)
-        torchrun --nproc_per_node=2 main_gan.py     (two processes, a batch each)
-writes: mnist_GAN/: generated_image_epoch_{E}.png,
-        train_loss_curve_{E}.png, history.csv,
-        run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C
-        (the same command continues from it),
+        torchrun --nproc_per_node=2 main_gan.py     (two processes, each with its own batch)
+writes: mnist_GAN/. After every epoch: history.csv, run.html
+        (open it to watch: pictures and curves), checkpoint.pt
+        (also at Ctrl-C; the same command continues from it).
+        After the first, the last and every sample_every:
+        generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: LeakyReLU and no dropout in D (there:
         maxout, dropout) and Adam (there: momentum), as most GANs
@@ -18,7 +18,9 @@ differs from the paper: LeakyReLU and no dropout in D (there:
         reasons stand beside them
 expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.62,
         D(G(z)) 0.38, diversity 0.97 (see `fit`), losses 1.18
-        and 1.22; 3.4 min on one core of an AMD EPYC
+        and 1.22; 3.4 min on one core of an AMD EPYC. D(x) and
+        D(G(z)) are the probabilities of being real that D gives
+        to real and to generated images: at 1 and 0 D has won
 """
 
 import math
@@ -39,16 +41,16 @@ model_kwargs = {
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
-# the place of "mnist": see `main`.
+# place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
 }
 trainer_kwargs = {
-    "num_epochs": 200,  # may grow later; 0 only checks settings and data
+    "num_epochs": 200,  # may be raised later; 0 only checks settings and data
     "generator_lr": 0.0002,  # Adam's learning rate
     "discriminator_lr": 0.0002,  # Adam's learning rate
     "real_label": 0.9,  # target for real images; below 1, D does not grow too sure
@@ -56,26 +58,26 @@ trainer_kwargs = {
     "output_dir": "mnist_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 1,  # CPU threads; a second gains little here; 0: all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
     "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
-    "sample_every": 50,  # epochs between pictures and weights; also the first and the last
+    "sample_every": 50,  # epochs between pictures and weights; first and last have them
 }
 
 
 def check_settings(settings):
     """Refuse impossible values in one line, before any work.
 
-    settings: {key: value}. What is not checked here of
-    dataset_kwargs and run_kwargs, common.load_data and
-    training.Run check. A common.BadInput ends with exit status 2.
+    settings: {key: value}. The other keys of dataset_kwargs are
+    checked by common.load_data, those of run_kwargs by
+    training.Run. A common.BadInput ends with exit status 2.
 
     A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes the networks goes into
-    model_kwargs, those parameters too, and both places where
-    networks are built: there, and where weights are loaded.
+    of Trainer.__init__. One that shapes a network goes into
+    model_kwargs and the same parameters, and from there to the
+    network, which for G is also built in load_generator.
     Checkpoints that were made without it are then refused.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
@@ -130,7 +132,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.model = nn.Sequential(
             nn.Linear(image_size, discriminator_hidden_size),
-            # negative inputs have a slope too, so that G learns from them
+            # negative inputs keep a gradient, which G learns from
             nn.LeakyReLU(0.2),
             nn.Linear(discriminator_hidden_size, discriminator_hidden_size),
             nn.LeakyReLU(0.2),
@@ -175,9 +177,10 @@ def generator_loss(fake_logits):
     the batch (end of section 3 of the paper).
 
     The minimax form log(1 - D(G(z))) would hardly teach a bad G:
-    its gradient by the logit is only as large as D(G(z)), which
-    is near 0 just then. The target is 1 and not real_label, since
-    smoothing is to restrain D alone.
+    its gradient with respect to the logit has size D(G(z)), which
+    is near 0 just then. Here it is 1 - D(G(z)), near 1. The
+    target is 1 and not real_label, since smoothing is to restrain
+    D alone.
     """
     return F.binary_cross_entropy_with_logits(fake_logits, torch.ones_like(fake_logits))
 
@@ -210,23 +213,28 @@ class Trainer:
     - run.batches gives the batches of an epoch, in an order that
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
-    - run.train_step calls `step` and keeps its scalars.
-    - run.end_epoch adds a row to the history, their means over
-      the epoch's images, and returns all rows.
+    - run.train_step calls `step` and keeps its scalars. run.step
+      is the number of the last step, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the means of these
+      scalars over the epoch's images, and what it is given. It
+      returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
-    written; a run that is killed loses the epoch under way. A
-    loss that is no longer finite ends the run.
+    written; the same command goes on with the next step. A run
+    that is killed loses the epoch under way. A loss that is no
+    longer finite ends the run.
 
-    Under torchrun each process trains on images of its own with
-    noise of its own. All begin with equal networks, which stay
-    equal, since gradients are averaged. All of them draw, but
-    only the first one writes and prints.
+    Under torchrun each process has a batch, noise and, where
+    there are GPUs, a GPU of its own. The learning rates stay as
+    they are. All begin with equal networks, which stay equal:
+    `step` averages the gradients over the processes.
+    The history has means over all of them. All draw, but only
+    the first one writes and prints.
 
-    train: a common.Images, which lies on the device as a whole:
+    train: a common.Images, all of which lies on the device:
     train.pixels (M, 1, H, W) are all its images as uint8, and
     train.batch(index) gives those of index (N,) as floats in
     [-1, 1], and their labels. All is computed in float32: in
@@ -257,8 +265,8 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # tensors, not numbers (see `step`); `fit` may
-        # change them with fill_, in a continued run too
+        # Tensors, not numbers (see `step`): `fit` may change them
+        # with fill_. The optimisers hold them in continued runs, too.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -272,9 +280,10 @@ class Trainer:
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
-    # this Python: an `if` keeps to the recorded branch, a number
-    # to its value, and .item() is an error. So keep what changes
-    # in a tensor, as the learning rate is.
+    # this Python: an `if` always takes the branch that it took
+    # then, a number keeps its value, and .item() is an error. So
+    # keep in a tensor what changes, as the learning rate is.
+    # --cuda_graph false turns the recording off.
     def step(self, real):
         """One step of D, then one of G.
         real (N, image_size) in [-1, 1]; returns scalars.
@@ -326,7 +335,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings is refused; only num_epochs,
         data_dir and the run_kwargs other than the seed may
         change. Changed code is not noticed: then give another
         --output_dir, or --resume false.
@@ -339,20 +348,20 @@ class Trainer:
             "discriminator_optimizer": self.discriminator_optimizer,
         }
         for epoch in run.epochs(self.train, state, self.num_epochs):
-            # A decay of the learning rate goes here. Compute it from epoch (1, 2,
-            # ...), not from the last rate, since a continued epoch runs this again:
-            #     self.generator_lr.fill_(0.0002 * 0.99 ** (epoch - 1))
+            # A decay of the learning rate goes here. Compute it from
+            # epoch (1, 2, ...), since a continued epoch runs this again:
+            #     first = run.settings["generator_lr"]
+            #     self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here. run.step is the number of the
-                # step just done, counted from 0 in each epoch:
+                # a picture every 100 steps goes here:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
             # 1: as varied as the data; towards 0: all alike (collapse); above 1: noise
             diversity = mean_distance(samples) / self.real_distance
-            # for another column, measured once an epoch, add it to this dict
+            # another column, measured once an epoch, goes into this dict
             history = run.end_epoch({"diversity": diversity})
             if run.pictures_due:
                 self.draw(epoch)
@@ -401,9 +410,9 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     your own, here or in the dict above. It gives (image, label):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
-    brought to the network's size and channels, a tenth of them
-    is held out for testing, and `dataset.classes`, if there is
-    such a list, names the labels.
+    squeezed to the network's size and brought to its channels. A
+    tenth of them is held out for testing. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)

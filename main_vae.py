@@ -1,19 +1,19 @@
 """A fully connected variational autoencoder (VAE) on MNIST:
-each pixel is a coin, ink or none.
+each pixel is the toss of a coin, ink or none.
 
 paper:  Kingma and Welling 2013, Auto-Encoding Variational
         Bayes, https://arxiv.org/abs/1312.6114
         Burda et al. 2015, Importance Weighted Autoencoders,
         https://arxiv.org/abs/1509.00519
         (the bound that is measured at the end)
-run:    python main_vae.py                  (any key below is an option: --num_epochs 20)
-        torchrun --nproc_per_node=2 main_vae.py   (two processes, a batch each)
-writes: mnist_VAE/: generated_image_epoch_{E}.png,
-        reconstruction_epoch_{E}.png,
-        train_loss_curve_{E}.png, history.csv,
-        run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every epoch and at Ctrl-C
-        (the same command continues from it),
+run:    python main_vae.py                  (every key of the dicts below is an option)
+        torchrun --nproc_per_node=2 main_vae.py   (two processes, each with its own batch)
+writes: mnist_VAE/. After every epoch: history.csv, run.html
+        (open it to watch: pictures and curves), checkpoint.pt
+        (also at Ctrl-C; the same command continues from it).
+        After the first, the last and every sample_every:
+        generated_image_epoch_{E}.png,
+        reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: two hidden layers of 1024
         ReLU (there: one of 500, tanh), Adam with a
@@ -36,50 +36,50 @@ import training  # the frame of a run: epochs, history, checkpoints
 
 model_kwargs = {
     "hidden_size": 1024,  # width of the two hidden layers of encoder and decoder
-    "latent_dim": 32,  # entries of z; of 32, 23 are in use after 50 epochs
+    "latent_dim": 32,  # entries of z; after 50 epochs 23 of 32 are in use
     "image_size": 784,  # pixels of a flattened grey image: 784 is 28 x 28
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
-# the place of "mnist": see `main`.
+# place of "mnist": see `main`.
 dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
-    "batch_size": 128,  # images a step, in each process; 16 is slow
+    "batch_size": 128,  # images a step, in each process; small ones are slow
     "shuffle": True,  # a new order every epoch
-    "normalize": False,  # pixels in [0, 1], which the likelihood needs
-    "data_dir": "data",  # where data lie or are downloaded to; for folder, your images
+    "normalize": False,  # must stay so: the likelihood needs pixels in [0, 1]
+    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "exclude_class": -1,  # a label to leave out (detect_vae_anomalies.py); -1: none
 }
 trainer_kwargs = {
-    "num_epochs": 50,  # may grow later; 0 only checks settings and data
+    "num_epochs": 50,  # may be raised later; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate in the first epoch
-    "lr_half_life": 10.0,  # epochs in which the rate halves; 0 keeps it constant
+    "lr_half_life": 10.0,  # the rate halves every so many epochs; 0: it stays
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "iwae_samples": 50,  # samples per image of the final bound; 0 leaves it out
     "output_dir": "mnist_VAE",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # of weights, order and noise: the same numbers again (on a CPU)
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
     "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
-    "sample_every": 10,  # epochs between pictures and weights; also the first and the last
+    "sample_every": 10,  # epochs between pictures and weights; first and last have them
 }
 
 
 def check_settings(settings):
     """Refuse impossible values in one line, before any work.
 
-    settings: {key: value}. What is not checked here of
-    dataset_kwargs and run_kwargs, common.load_data and
-    training.Run check. A common.BadInput ends with exit status 2.
+    settings: {key: value}. The other keys of dataset_kwargs are
+    checked by common.load_data, those of run_kwargs by
+    training.Run. A common.BadInput ends with exit status 2.
 
     A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes the networks goes into
-    model_kwargs, those parameters too, and both places where
-    networks are built: there, and where weights are loaded.
+    of Trainer.__init__. One that shapes a network goes into
+    model_kwargs and the same parameters, and from there to both
+    networks, since load_model gives them all of model_kwargs.
     Checkpoints that were made without it are then refused.
     """
     for key in ("hidden_size", "latent_dim"):
@@ -153,8 +153,10 @@ class Decoder(nn.Module):
 
 
 def init_weights(module):
-    """He et al. 2015: a signal keeps its size.
-    torch's own start is 2.4 times smaller.
+    """Weights of standard deviation sqrt(2 / inputs), He et al. 2015.
+
+    With them a signal keeps its size from one ReLU layer to the
+    next. torch's own are sqrt(6) = 2.4 times smaller.
     """
     if isinstance(module, nn.Linear):
         nn.init.kaiming_normal_(module.weight)
@@ -183,9 +185,9 @@ def reconstruction_loss(logits, x):
     pixels count as the probability of ink, so these nats do not
     compare with those that are published for binarised MNIST.
 
-    Another loss goes here, and into
-    bound_on_log_likelihood; the decoder's `sample`
-    has the sigmoid. Then give another --output_dir.
+    Another loss goes here and into bound_on_log_likelihood; the
+    sigmoid is in the decoder's `sample`. Then give another
+    --output_dir.
     """
     return F.binary_cross_entropy_with_logits(logits, x, reduction="sum") / len(x)
 
@@ -206,7 +208,7 @@ def importance_weighted_bound(mu, logvar, log_likelihood, k):
     The bound is the expectation of
     log 1/k sum_i p(x|z_i) p(z_i) / q(z_i|x), where the z_i are
     drawn from q(z|x) = N(mu, sigma^2); what is returned is an
-    estimate of it from one draw. mu, logvar: (N, D);
+    estimate of it from k samples. mu, logvar: (N, latent_dim);
     log_likelihood(z) gives log p(x|z), (N,). With k = 1 it is
     the VAE's own bound, the negative loss; as k grows, it rises
     towards log p(x).
@@ -232,21 +234,26 @@ class Trainer:
     - run.batches gives the batches of an epoch, in an order that
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
-    - run.train_step calls `step` and keeps its scalars.
-    - run.end_epoch adds a row to the history, their means over
-      the epoch's images, and returns all rows.
+    - run.train_step calls `step` and keeps its scalars. run.step
+      is the number of the last step, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the means of these
+      scalars over the epoch's images, and what it is given. It
+      returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
-    written; a run that is killed loses the epoch under way. A
-    loss that is no longer finite ends the run.
+    written; the same command goes on with the next step. A run
+    that is killed loses the epoch under way. A loss that is no
+    longer finite ends the run.
 
-    Under torchrun each process trains on images of its own with
-    noise of its own. All begin with equal networks, which stay
-    equal, since gradients are averaged. All of them draw, but
-    only the first one writes and prints.
+    Under torchrun each process has a batch, noise and, where
+    there are GPUs, a GPU of its own. The learning rates stay as
+    they are. All begin with equal networks, which stay equal:
+    `step` averages the gradients over the processes.
+    The history has means over all of them. All draw, but only
+    the first one writes and prints.
 
     train, test: two common.Images, which lie on the device as
     a whole: train.pixels (M, 1, H, W) are all images as uint8,
@@ -281,9 +288,9 @@ class Trainer:
         self.encoder = Encoder(hidden_size, latent_dim, image_size).to(device)
         self.decoder = Decoder(hidden_size, latent_dim, image_size).to(device)
         parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # A tensor, since a recorded step (see `step`) would
-        # not notice a new number: `fit` changes it with
-        # fill_. `fused` updates all weights in one call.
+        # A tensor, not a number (see `step`): `fit` changes it with
+        # fill_, and the optimiser holds this very tensor, also in a
+        # continued run. `fused` updates all weights in one call.
         self.lr = torch.tensor(lr, device=device)
         self.optimizer = torch.optim.Adam(parameters, lr=self.lr, fused=True)
         # every picture is drawn from the same latent vectors and
@@ -296,10 +303,15 @@ class Trainer:
         """Images x (N, image_size) -> loss,
         reconstruction and KL, in nats per image.
 
-        The loss is the negative evidence lower bound (ELBO),
-        -E[log p(x|z)] + KL (Kingma and Welling, eq. 3). z is
-        sampled in validation too, so that train and test
-        losses can be compared.
+        With the prior p(z) = N(0, I) and any q(z|x),
+            log p(x) >= E[log p(x|z)] - KL(q(z|x) || p(z)),
+        where z ~ q(z|x) (Kingma and Welling, eq. 3). The right
+        side is the evidence lower bound (ELBO), and the loss is
+        its negative; the expectation is estimated with one z.
+        Natural logarithms make the unit nats. z is sampled for
+        test images too, so that train and test losses can be
+        compared. For a column that needs mu or logvar return it
+        too: `step` and `evaluate` unpack what is returned.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = self.encoder(x)
@@ -311,9 +323,10 @@ class Trainer:
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
-    # this Python: an `if` keeps to the recorded branch, a number
-    # to its value, and .item() is an error. So keep what changes
-    # in a tensor, as the learning rate is.
+    # this Python: an `if` always takes the branch that it took
+    # then, a number keeps its value, and .item() is an error. So
+    # keep in a tensor what changes, as the learning rate is.
+    # --cuda_graph false turns the recording off.
     def step(self, x):
         """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
 
@@ -342,6 +355,7 @@ class Trainer:
         """The losses of training, on the test
         images, and the number of active latents.
 
+        Under torchrun every process computes all of them.
         A latent is active if the variance of its mu over the
         images is above 0.01 (Burda et al., section 5.2).
         """
@@ -392,7 +406,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings is refused; only num_epochs,
         precision, data_dir and the run_kwargs other than the seed
         may change. Changed code is not noticed: then give another
         --output_dir, or --resume false.
@@ -400,21 +414,21 @@ class Trainer:
         run = self.run
         state = {"encoder": self.encoder, "decoder": self.decoder, "optimizer": self.optimizer}
         for epoch in run.epochs(self.train, state, self.num_epochs):
+            # another schedule goes here, computed from epoch (1, 2, ...)
             if self.lr_half_life:
                 self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
             for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # A picture every 100 steps goes here. run.step is the number of the
-                # step just done, counted from 0 in each epoch:
+                # a picture every 100 steps goes here:
                 #     if run.step % 100 == 0:
                 #         self.draw(f"{epoch}_step_{run.step}")
-            # for another column, measured once an epoch, add it to this dict
+            # another column, measured once an epoch, goes into this dict
             measured = self.evaluate()
             if epoch == self.num_epochs and self.iwae_samples:
                 bound = self.estimate_log_likelihood()
                 measured["bound on log p(x)"] = bound
-                samples = f"importance-weighted bound with {self.iwae_samples} samples"
-                print(f"{samples}: log p(x) >= {bound:.3f} nats per test image", flush=True)
+                name = f"importance-weighted bound with {self.iwae_samples} samples"
+                print(f"{name}: log p(x) >= {bound:.3f} nats per test image", flush=True)
             history = run.end_epoch(measured)
             if run.pictures_due:
                 self.draw(epoch)
@@ -439,7 +453,7 @@ class Trainer:
         """(10 n, C, H, W) -> (20 n, C, H, W):
         ten originals, then their reconstructions, ...
         """
-        # from mu, the best guess: noise would only blur the picture
+        # from mu: with a sampled z each picture would vary a little
         mu, _ = self.encoder(images)
         rebuilt = self.decoder.sample(mu).view_as(images)
         original_rows = images.unflatten(0, (-1, 10))  # (n, 10, C, H, W)
@@ -462,6 +476,9 @@ class Trainer:
 def load_model(weights_path):
     """(encoder, decoder) of a weights_epoch_{E}.pt.
     Raises common.BadInput for any other file.
+
+    To sample: decoder.sample(torch.randn(16, 32)) gives (16, 784)
+    in [0, 1]. To encode: mu, logvar = encoder(images), of (N, 784).
     """
     weights = common.load_weights(weights_path, __file__, "decoder")
     encoder = Encoder(**weights["model_kwargs"])
@@ -478,9 +495,9 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     your own, here or in the dict above. It gives (image, label):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
-    brought to the network's size and channels, a tenth of them
-    is held out for testing, and `dataset.classes`, if there is
-    such a list, names the labels.
+    squeezed to the network's size and brought to its channels. A
+    tenth of them is held out for testing. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
