@@ -134,7 +134,10 @@ def run_script(main, *dicts):
     except (BrokenOff, OSError) as error:
         warn(f"{script.name}: {error}")
         sys.exit(1)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # of torch, which has no type of its own for a CPU
+        full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+        if not full:
+            raise
         warn(f"{script.name}: out of memory; give a smaller --batch_size")
         sys.exit(1)
     except KeyboardInterrupt as error:

@@ -593,7 +593,8 @@ class Trainer:
         self.d_steps, self.penalty_weight = suit_loss(loss, d_steps, penalty_weight)
         # One call of `step` takes the batches of d_steps iterations at once.
         self.train = dataclasses.replace(train, batch_size=train.batch_size * self.d_steps)
-        self.scorer = make_scorer(train, score_features, score_images)
+        scored = score_images if num_iterations else 0
+        self.scorer = make_scorer(train, score_features, scored)
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks

@@ -389,7 +389,7 @@ class Trainer:
         self.fixed_labels = index % len(train.class_names)
         self.real_distances = distance_within_classes(*train.batch(index[: len(train)]))
         self.score_every, self.scorer = score_every, None
-        if score_every:
+        if score_every and num_epochs:
             self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):

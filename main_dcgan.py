@@ -311,7 +311,7 @@ class Trainer:
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=train.device))
         self.real_distance = mean_distance(real_images)
         self.score_every, self.scorer = score_every, None
-        if score_every:
+        if score_every and num_epochs:
             self.scorer = fid.Scorer(train, score_features, num_images=10000)
 
     def autocast(self):

@@ -447,6 +447,19 @@ def test_a_run_that_breaks_off_says_so_in_one_line(error, words, monkeypatch, ca
     assert capsys.readouterr().err == f"main_gan.py: {words}\n"
 
 
+@pytest.mark.parametrize("numbers, full", [(2**55, True), (-1, False)])
+def test_a_full_memory_is_told_in_one_line_on_a_cpu_too(numbers, full, monkeypatch, capsys):
+    monkeypatch.setattr(main_gan.Trainer, "step", lambda trainer, real: torch.empty(numbers))
+    options = ["--dataset_type", "digits", "--num_epochs", "1", "--device", "cpu"]
+    if full:
+        assert helpers.run_here(main_gan, *options) == 1
+        told = "main_gan.py: out of memory; give a smaller --batch_size\n"
+        assert capsys.readouterr().err == told
+    else:  # a mistake in the script keeps its traceback
+        with pytest.raises(RuntimeError, match="negative dimension"):
+            helpers.run_here(main_gan, *options)
+
+
 # ------------------------------------------------------------------------------- files
 
 

@@ -17,6 +17,7 @@ import torch
 from helpers import ANALYSIS, ROOT, SMALL, Process, run_here, small_options
 
 import common
+import fid
 import main_gan
 
 TRAINING = list(SMALL)
@@ -332,6 +333,18 @@ def test_a_misspelt_key_in_a_dict_is_an_error(name, group, tmp_path, monkeypatch
     dicts[names.index(f"{group}_kwargs")]["learning_rat"] = 1
     with pytest.raises(TypeError, match="learning_rat"):
         script.main(*dicts)
+
+
+@pytest.mark.parametrize("name", ["main_dcgan", "main_cgan", "gan_cub"])
+def test_no_scorer_is_trained_where_only_settings_are_checked(name, tmp_path, monkeypatch):
+    script = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fid, "Scorer", None)
+    scored = dict(score_every=1, score_images=10, score_features="classifier")
+    dicts = helpers.small_dicts(script, num_epochs=0, num_iterations=0, **scored)
+    assert script.main(*dicts).scorer is None
+    with pytest.raises(TypeError, match="NoneType"):
+        script.main(*helpers.small_dicts(script, num_epochs=1, num_iterations=10, **scored))
 
 
 @pytest.mark.parametrize("name", ["main_dcgan", "main_cgan", "main_vae", "main_ae", "gan_cub"])
