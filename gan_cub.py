@@ -9,41 +9,44 @@ paper:  GAN: Goodfellow et al. 2014,
         https://arxiv.org/abs/1704.00028
         R3GAN: Huang et al. 2024,
         https://arxiv.org/abs/2501.05441
-        its pairs: Jolicoeur-Martineau 2018,
+        R3GAN's pairs: Jolicoeur-Martineau 2018,
         https://arxiv.org/abs/1807.00734
-        its penalties R1 and R2: Mescheder et al. 2018,
+        R3GAN's penalties R1 and R2: Mescheder et al. 2018,
         https://arxiv.org/abs/1801.04406
 course: CMU 16-824, Visual Learning and Recognition,
         spring 2022, assignment 3
-run:    python gan_cub.py                       (every key of the dicts below is an option)
+run:    python gan_cub.py                       (all keys of the dicts are options)
         python gan_cub.py --experiment losses   (all four in turn, compared)
         python gan_cub.py --experiment r3gan    (what each half of its loss does)
         torchrun --nproc_per_node=2 gan_cub.py  (two processes, each with its own batch)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
-writes: cub_GAN/: samples_{I}.png, interpolations_{I}.png,
-        history.csv, fid_vs_iterations.png (the curves and the
-        score; train_loss_curve.png where there is no score),
-        run.html (open it to watch: pictures and curves),
-        checkpoint.pt, after every period of sample_every
-        iterations and at Ctrl-C (the same command continues from
-        it), weights_iteration_{I}.pt and weights_best.pt, of the
-        best score (for sampling); an experiment: such a folder
-        for each setting, {experiment}.png and {experiment}.csv
-differs from the papers: D sums its last map over the places, as
-        in the course, where Gulrajani et al. take the mean; all
-        losses, so r3gan too, have one pair of networks, so that
+writes: cub_GAN/. After every period of sample_every iterations:
+        history.csv, run.html (open it to watch: pictures and
+        curves), checkpoint.pt (also at Ctrl-C; the same command
+        continues from it), samples_{I}.png,
+        interpolations_{I}.png, fid_vs_iterations.png (the curves
+        and the score; train_loss_curve.png if there is no
+        score), weights_iteration_{I}.pt and, of the best score,
+        weights_best.pt (both for sampling). An experiment writes
+        there such a folder for each setting, {experiment}.png
+        and {experiment}.csv
+differs from the papers: D sums its last map over all positions,
+        as in the course, where Gulrajani et al. take the mean;
+        all losses, r3gan too, use the same two networks, so that
         they can be compared; pictures and weights are of an
         averaged G, which is steadier
 expect: the default run is for a GPU, and was not made here. Much
-        smaller ones, on 5,430 birds of CUB-200 of 2010
-        (feature_maps 32, batch_size 32, lr 0.0008, 4,500
-        iterations, seed 0, bfloat16), end at these classifier
-        distances of 2,000 images, less is better: gan 908, lsgan
-        742, wgan-gp 268, r3gan 397; half an hour for the four on
-        one core of an AMD EPYC. r3gan with lr 0.0004 after 16,000
-        iterations: 236, 41 min. From first to last period the
-        discriminator loss of wgan-gp goes from -3.9 to -2.2, and
-        its penalty from 0.08 to 0.016.
+        smaller ones are, on a folder of 5,430 birds of CUB-200
+        of 2010, with --feature_maps 32 --batch_size 32
+        --lr 0.0008 --num_iterations 4500 --sample_every 500
+        --score_features classifier --score_images 2000, seed 0,
+        bfloat16. They end at these classifier distances, less is
+        better: gan 908, lsgan 742, wgan-gp 268, r3gan 397; half
+        an hour for the four on one core of an AMD EPYC. r3gan
+        with lr 0.0004 has 337 then, and 236 after 16,000
+        iterations, 41 min; no other was run as long. From first
+        to last period the discriminator loss of wgan-gp goes
+        from -3.9 to -2.2, and its penalty from 0.08 to 0.016.
 """
 
 import dataclasses
@@ -71,19 +74,19 @@ dataset_kwargs = {
     "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 32,  # 16 | 32 | 64 pixels a side; of cub the whole photograph
-    "jpeg_quality": 0,  # of cub, after resizing (the course: 75); 0: none
+    "jpeg_quality": 0,  # of cub: 75 compresses as the course's are; 0: does not
     "horizontal_flip": False,  # mirror half of the training images: not for digits
 }
 trainer_kwargs = {
-    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan (best, with --lr 0.0004)
+    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan (better with --lr 0.0004)
     "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
     "d_steps": 0,  # steps of D for one of G; 0: what suits the loss
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
     "penalty_weight": -1.0,  # of the penalty on D's slope; 0: none; -1: the loss's own
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "score_features": "auto",  # inception (the FID) | classifier | auto: the first, if there
-    "score_images": 10000,  # generated images of a score; 0 leaves the scores out
+    "score_features": "auto",  # inception (the FID) | classifier | auto: as there is a file
+    "score_images": 10000,  # generated images for a score; 0: no scores
     "output_dir": "cub_GAN",  # everything is written there
 }
 run_kwargs = {
@@ -107,8 +110,9 @@ LOSS_DEFAULTS = {
     "wgan-gp": {"d_steps": 5, "penalty_weight": 10.0},
     "r3gan": {"d_steps": 1, "penalty_weight": 1.0},
 }
-# The settings of each experiment, by the names of their folders;
-# everything else is as in the dicts or on the command line.
+# The settings of each experiment, keys of trainer_kwargs, by the
+# names of their folders; everything else is as in the dicts or on
+# the command line.
 EXPERIMENTS = {
     "losses": {
         "gan": {"loss": "gan"},
@@ -137,7 +141,7 @@ def suit_loss(loss, d_steps, penalty_weight):
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work.
+    """Refuse impossible values, in one line and before any work.
 
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
@@ -194,8 +198,8 @@ class ResBlockUp(nn.Module):
             nn.Upsample(scale_factor=2, mode="nearest"),  # (N, channels, 2H, 2W)
             nn.Conv2d(channels, channels, kernel_size=3, padding=1),
         )
-        # A 1x1 convolution before the upsampling
-        # gives the same at a quarter of the cost.
+        # A 1x1 convolution before the upsampling gives the same
+        # as after it, at a quarter of the cost.
         self.shortcut = nn.Sequential(
             nn.Conv2d(channels, channels, kernel_size=1),
             nn.Upsample(scale_factor=2, mode="nearest"),  # (N, channels, 2H, 2W)
@@ -346,7 +350,7 @@ def lsgan_discriminator_loss(real_logits, fake_logits):
     """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit;
     Mao et al., eq. (2) with a = 0, b = 1.
 
-    It is 1/4 if D is 1/2 everywhere, and so cannot tell the two apart.
+    It is 1/4 where D cannot tell the two apart and is 1/2 everywhere.
     """
     real_loss = F.mse_loss(real_logits, torch.ones_like(real_logits))
     fake_loss = F.mse_loss(fake_logits, torch.zeros_like(fake_logits))
@@ -364,9 +368,9 @@ def wgan_discriminator_loss(real_logits, fake_logits):
     """D(G(z)) - D(x), D the logit;
     Gulrajani et al., eq. (3), to which the penalty is added.
 
-    Only the difference counts, so that the level
-    of the logits may drift. The loss is negative,
-    and comes nearer to 0 as G improves.
+    Only the difference counts, so the level of the logits may
+    drift. The loss is negative, and comes nearer to 0 as G
+    improves.
     """
     return fake_logits.mean() - real_logits.mean()
 
@@ -388,7 +392,7 @@ def r3gan_discriminator_loss(real_logits, fake_logits):
 
 
 def r3gan_generator_loss(real_logits, fake_logits):
-    """softplus(D(x) - D(G(z))): the same pairs, told the other way round.
+    """softplus(D(x) - D(G(z))): the same pairs, with the roles exchanged.
 
     It is the non-saturating form of Huang et al., eq. (2):
     not D's loss with its sign changed. Mean over the pairs.
@@ -398,7 +402,8 @@ def r3gan_generator_loss(real_logits, fake_logits):
 
 # The key "loss" chooses a line here. To add a loss, write its two
 # functions above, its line below and one in LOSS_DEFAULTS, and
-# name it in the comment of the key. A penalty_weight above 0 adds
+# name it in the comment of the key; one in EXPERIMENTS compares
+# it with the others. A penalty_weight above 0 adds
 # R1 and R2 to every loss but wgan-gp. For another penalty follow
 # "wgan-gp" in discriminator_step, and for a loss of G that takes
 # the real logits too, "r3gan" in generator_step.
@@ -417,7 +422,10 @@ def gradient_penalty(critic, real, fake, epsilon):
     Gulrajani et al., eq. (3); the norm is over C, H and W. It
     holds the slope of the critic, as a WGAN's D is called, near
     1: without a bound on it the critic could lower its loss for
-    ever. real, fake (N, C, H, W); epsilon (N, 1, 1, 1) in [0, 1).
+    ever. It is taken between real and generated images, because
+    there an optimal critic has slope 1, on the way from the ones
+    to the others. real, fake (N, C, H, W); epsilon (N, 1, 1, 1)
+    in [0, 1).
     """
     mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
     mixed = mixed.detach().requires_grad_()
@@ -473,8 +481,8 @@ def make_networks(latent_dim, feature_maps, image_shape, device):
     ema_generator.requires_grad_(False).eval()
     discriminator = Discriminator(feature_maps, image_channels, image_size)
     networks = [generator, ema_generator, discriminator]
-    # In memory the channels of a pixel lie
-    # side by side: convolutions are faster so.
+    # In memory the channels of a pixel lie side by
+    # side, which makes convolutions faster.
     return [network.to(device, memory_format=torch.channels_last) for network in networks]
 
 
@@ -510,7 +518,7 @@ def make_scorer(train, score_features, score_images):
         return None
     try:
         return fid.Scorer(train, features=score_features, num_images=score_images)
-    except ValueError as error:  # no Inception file, and of one class no classifier can be trained
+    except ValueError as error:  # no Inception file, and one class trains no classifier
         if score_features != "auto":
             raise
         print(f"WARNING: NO SCORES. {error}.", file=sys.stderr, flush=True)
@@ -556,10 +564,10 @@ class Trainer:
     Under torchrun each process has a batch, noise and, where
     there are GPUs, a GPU of its own. The learning rates stay as
     they are. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes,
-    and training.Run the running statistics of batch norm.
-    The history has means over all of them. All draw, but only
-    the first one writes and prints.
+    `step` averages the gradients over the processes, and
+    training.Run averages batch norm's running statistics. The
+    history has means over all of them. Only the first one writes
+    and prints.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -611,7 +619,7 @@ class Trainer:
         """Inside, layers compute in bfloat16 if asked to;
         weights and losses stay float32.
         """
-        # Without a cache of weights in bfloat16, since D changes within a step.
+        # no cache of weights in bfloat16, since D changes within a step
         kind = self.train.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16, cache_enabled=False)
 
@@ -627,7 +635,8 @@ class Trainer:
 
         For another column in history.csv add a tensor of shape ()
         to the dict that is returned here or by
-        discriminator_step; for a curve also to `panels` in
+        discriminator_step; one of generator_step is returned
+        beside its loss. For a curve add it to `panels` in
         draw_curves.
         """
         rows = []
@@ -638,7 +647,9 @@ class Trainer:
             g_loss = self.generator_step(parts[-1])
         self.update_ema()
 
-        # Another decay goes here: this one falls linearly to 0.
+        # The rate falls linearly to 0. Another decay replaces the
+        # factor, and is computed from the tensor `done` too, such
+        # as 0.98 ** (done // self.sample_every).
         done = steps_taken(self.discriminator_optimizer)  # iterations
         self.lr.copy_(self.first_lr * (1 - done / self.num_iterations))
 
@@ -695,7 +706,7 @@ class Trainer:
         else:
             loss = self.generator_loss(fake_logits)
         self.generator_optimizer.zero_grad()
-        # `inputs` leaves out the gradients of D's weights, which nobody needs
+        # `inputs` leaves out the gradients of D's weights, not needed here
         loss.backward(inputs=list(self.generator.parameters()))
         training.all_reduce_gradients(self.generator_optimizer)
         self.generator_optimizer.step()
@@ -726,7 +737,7 @@ class Trainer:
             return self.ema_generator(z)
 
     def generate(self, index):
-        """len(index) new images, for the scorer."""
+        """len(index) new images for the scorer, which numbers them."""
         return self.sample(torch.randn(len(index), self.latent_dim).to(self.train.device))
 
     def fit(self):
@@ -753,8 +764,8 @@ class Trainer:
         periods = self.num_iterations // self.sample_every
         size = self.sample_every
         calls = size // self.d_steps  # of `step` in a period
-        # unit and unit_size are only words: after period
-        # p run prints and writes "iteration" p * size
+        # unit and unit_size only change what is written: after
+        # period p it says "iteration" p * size
         for period in run.epochs(
             self.train, state, periods, steps=calls, unit="iteration", unit_size=size
         ):
@@ -847,8 +858,8 @@ def main(
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
     squeezed to the network's size and brought to its channels. A
-    tenth of them is held out for testing. `dataset.classes`, if
-    there is such a list, names the labels.
+    tenth of them is held out, which this script has no use for.
+    `dataset.classes`, if there is such a list, names the labels.
     """
     check_settings(
         {**model_kwargs, **dataset_kwargs, **trainer_kwargs, **run_kwargs, **experiment_kwargs}
@@ -873,8 +884,8 @@ def main(
 
 
 def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment):
-    """Train each setting in a folder of its own, unless that is done;
-    then compare them.
+    """Train each setting in a folder of its own, unless it is
+    trained already; then compare them.
 
     Returns {name: Trainer}.
     """

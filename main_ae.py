@@ -9,30 +9,32 @@ courses: CMU 16-824, Visual Learning and Recognition,
         spring 2022, assignment 3 (colour); another course's
         Exercise 1, "Training generative model to generate
         MNIST digits" (grey)
-run:    python main_ae.py                   (every key of the dicts below is an option)
+run:    python main_ae.py                   (all keys of the dicts are options)
         python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, each with its own batch)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
-        python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
+        python main_ae.py --experiment model_types --dataset_type mnist --output_dir mnist_AE
 writes: cifar10_VAE/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
-        After the first, the last and every sample_every:
+        After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png,
         reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
         latent_space_epoch_{E}.png (if latent_dim is 2),
-        weights_epoch_{E}.pt (for sampling). An experiment: such
-        a folder for each setting, {experiment}.png and .csv
-differs from the papers: Burgess et al. pull the KL to a target
-        that grows, while here it is only multiplied by beta, as
+        weights_epoch_{E}.pt (for sampling). An experiment writes
+        there such a folder for each setting, {experiment}.png
+        and {experiment}.csv
+differs from the papers: Burgess et al. pull the KL to a growing
+        target, while here it is only multiplied by beta, as
         in the courses, whose networks these are; gradients are
         cut to norm 1 (see `step`); pictures, weights files and
         tests are of averaged networks, which are steadier
 expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per
         test image: AE with 16, 128 and 1024 latents 199.6, 53.9
-        and 24.1; VAE with 1024 latents 133.3, KL 59.2; with beta
-        0.8 122.5, KL 69.7; with the linear schedule 117.2, KL
-        72.4; about 40 min each on one core of an AMD EPYC
+        and 24.1; VAE with 1024 latents 133.3, KL 59.2; with
+        beta 0.8: 122.5, KL 69.7; with the linear schedule, whose
+        beta ends at 0.95: 117.2, KL 72.4; about 40 min each on
+        one core of an AMD EPYC
 """
 
 import copy
@@ -51,7 +53,7 @@ model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; see also beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first layer; they double as the side halves
-    "image_channels": 3,  # 3 colour; 1 grey: other networks, another loss (MNIST always)
+    "image_channels": 3,  # 3 colour; 1 grey: other networks, another loss (always of MNIST)
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
@@ -67,12 +69,12 @@ dataset_kwargs = {
 trainer_kwargs = {
     "num_epochs": 20,  # may be raised later; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate
-    "beta": 1.0,  # weight of the KL: 1 is the VAE, 0 an autoencoder with noise
+    "beta": 1.0,  # weight of the KL; more: codes nearer to N(0, I), worse pictures
     "beta_schedule": "constant",  # constant | linear: from 0 in epoch 1 to beta
     "beta_epochs": 20,  # of the linear schedule: with 20, epoch 21 has all of beta
     "ema_decay": 0.99,  # averaged networks are tested, shown and saved; 0: none are
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "output_dir": "cifar10_VAE",  # everything is written there; each setting its own
+    "output_dir": "cifar10_VAE",  # everything is written there; give others for other settings
 }
 run_kwargs = {
     "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
@@ -85,8 +87,10 @@ run_kwargs = {
 experiment_kwargs = {
     "experiment": "none",  # none | latent_sizes | betas | schedule | model_types
 }
-# The settings of each experiment. All others
-# come from the dicts or the command line.
+# The settings of each experiment: keys of model_kwargs and
+# trainer_kwargs. All others come from the dicts or the command
+# line. For other keys than these, let `compare` put them into the
+# names of the folders.
 EXPERIMENTS = {
     "latent_sizes": [
         {"model_type": "ae", "latent_dim": 16},
@@ -111,7 +115,7 @@ EXPERIMENTS = {
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work.
+    """Refuse impossible values, in one line and before any work.
 
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
@@ -147,8 +151,9 @@ def check_settings(settings):
 class ColourEncoder(nn.Module):
     """Images (N, 3, H, W) -> mu and logvar, both (N, latent_dim).
 
-    In a plain autoencoder logvar is None. Shapes
-    are for 32 pixels and 32 feature maps.
+    They are of q(z|x) = N(mu, sigma^2); logvar, the logarithm of
+    sigma^2, may be any number. In a plain autoencoder it is None.
+    Shapes are for 32 pixels and 32 feature maps.
     """
 
     def __init__(self, model_type, latent_dim, feature_maps, image_size):
@@ -206,8 +211,8 @@ class ColourDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """The images that z (N, latent_dim) stands
-        for, (N, 3, H, W) in [-1, 1]; without noise.
+        """The images that z (N, latent_dim) stands for,
+        (N, 3, H, W) in [-1, 1]: the means of p(x|z).
         """
         return self(z).clamp(-1, 1)
 
@@ -215,9 +220,9 @@ class ColourDecoder(nn.Module):
 class GreyEncoder(nn.Module):
     """Images (N, 1, H, W) -> mu and logvar, both (N, latent_dim).
 
-    Kernels and activations are not those of the
-    colour networks, since the pairs are those of two
-    courses. In a plain autoencoder logvar is None.
+    Kernels and activations differ from the colour networks',
+    since the two pairs are from two courses. In a plain
+    autoencoder logvar is None.
     """
 
     def __init__(self, model_type, latent_dim, feature_maps, image_size):
@@ -274,8 +279,8 @@ class GreyDecoder(nn.Module):
 
     @torch.no_grad()
     def sample(self, z):
-        """The images that z (N, latent_dim) stands
-        for, (N, 1, H, W) in [0, 1]; without noise.
+        """The images that z (N, latent_dim) stands for,
+        (N, 1, H, W) in [0, 1]: the means of p(x|z).
         """
         return self(z).sigmoid()
 
@@ -302,7 +307,7 @@ def keep_freed_memory():
     """On Linux, use the memory of freed tensors
     again, instead of giving it back to the system.
 
-    It changes the speed alone. By itself the C library gives
+    It changes only the speed. By itself the C library gives
     back the memory of large tensors in each step, and asks
     for it again in the next. Without that a step is 15 %
     faster: 1.13 s instead of 1.33 s (float32, one core of an
@@ -333,11 +338,12 @@ def reconstruction_loss(output, x):
     Colour, in [-1, 1]: the squared error, which is
     -log N(x; output, 1/2 I) up to a constant. Grey, in [0, 1]:
     the cross-entropy -log p(x|z) in nats, where each pixel is the
-    probability of ink and the output a logit. (The log of a
-    sigmoid that has rounded to 0 would be infinite.) Both are
-    sums because log p of an image is the sum over its pixels, as
-    the KL is one over latents: with a mean over the 3072 numbers
-    of a colour image beta would be 3072 times what it says.
+    probability of ink and the output a logit; torch computes it
+    from the logit, since the log of a sigmoid that has rounded to
+    0 is infinite. Both are sums because log p of an image is the
+    sum over its pixels, as the KL is a sum over latents: with a
+    mean over the 3072 numbers of a colour image beta would act as
+    if it were 3072 times as large.
 
     Another loss goes into the two returns below. For grey,
     take the output's sigmoid first, unless the loss expects
@@ -388,9 +394,9 @@ class Trainer:
     Under torchrun each process has a batch, noise and, where
     there are GPUs, a GPU of its own. The learning rates stay as
     they are. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes.
-    The history has means over all of them. All draw, but only
-    the first one writes and prints.
+    `step` averages the gradients over the processes. The history
+    has means over all of them. Only the first one writes and
+    prints.
 
     train, test: two common.Images, all of which lie on the
     device: train.pixels (M, C, H, W) are all images as uint8, and
@@ -444,15 +450,16 @@ class Trainer:
         """Images x (N, C, H, W) -> loss, reconstruction
         and KL, each a mean over the images.
 
-        With the prior p(z) = N(0, I) and any q(z|x),
+        The encoder gives q(z|x), the decoder p(x|z), and the
+        prior is p(z) = N(0, I). For any q
             log p(x) >= E[log p(x|z)] - KL(q(z|x) || p(z)),
         where z ~ q(z|x): the evidence lower bound (ELBO). With
         beta 1 a VAE's loss is its negative, in colour up to a
         constant; the expectation is estimated with one z. z is
         sampled for test images too, so that train and test
         losses can be compared. For a column that needs mu or
-        logvar return it too: `step` and `evaluate` unpack what
-        is returned.
+        logvar return one more scalar, in both returns; `step`
+        and `evaluate` unpack it.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)
@@ -483,10 +490,10 @@ class Trainer:
         loss.backward()
         # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.optimizer)
-        # As at CMU, the gradient of all weights together is
-        # scaled down to norm 1; the loss is a sum over pixels, so
-        # that norm is 400 to 500. Adam's steps do not become
-        # small by it, but every batch counts alike in its means.
+        # As at CMU, the gradient of all weights together is scaled
+        # down to norm 1. The loss is a sum over pixels, and so the
+        # norm is 400 to 500 before. Adam's steps do not become
+        # smaller, but every batch counts alike in its averages.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -518,10 +525,10 @@ class Trainer:
         The loss has the epoch's beta in it: compare it between
         epochs, or between runs, only where beta is the same.
         """
-        total = torch.zeros(3, device=self.test.device)
+        total = 0.0
         for x in batches_of(self.test):
             losses = self.losses(self.ema_encoder, self.ema_decoder, x)
-            total += torch.stack(losses) * len(x)
+            total = total + torch.stack(losses) * len(x)  # (3,)
         loss, reconstruction, kl = (total / len(self.test)).tolist()
         return {"test loss": loss, "test reconstruction": reconstruction, "test KL": kl}
 

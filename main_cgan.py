@@ -9,12 +9,12 @@ paper:  Mirza and Osindero 2014, Conditional Generative
         Radford et al. 2015, Unsupervised Representation Learning
         with DCGANs, https://arxiv.org/abs/1511.06434
         (the layers)
-run:    python main_cgan.py --num_epochs 20         (every key of the dicts below is an option)
+run:    python main_cgan.py --num_epochs 20         (all keys of the dicts are options)
         torchrun --nproc_per_node=2 main_cgan.py    (two processes, each with its own batch)
 writes: mnist_CGAN/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
-        After the first, the last and every sample_every:
+        After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png (a row for each class, a
         column for each z), train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling). At the end:
@@ -85,7 +85,7 @@ SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work.
+    """Refuse impossible values, in one line and before any work.
 
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
@@ -341,10 +341,10 @@ class Trainer:
     Under torchrun each process has a batch, noise and, where
     there are GPUs, a GPU of its own. The learning rates stay as
     they are. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes,
-    and training.Run the running statistics of batch norm.
-    The history has means over all of them. All draw, but only
-    the first one writes and prints.
+    `step` averages the gradients over the processes, and
+    training.Run averages batch norm's running statistics. The
+    history has means over all of them. Only the first one writes
+    and prints.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -396,7 +396,8 @@ class Trainer:
         """A context in which the networks compute in
         bfloat16, if `precision` asks for it.
 
-        Their weights and logits, the losses and the pictures are float32.
+        Their weights and logits, the losses and the pictures
+        are float32.
         """
         kind = self.train.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
@@ -654,8 +655,8 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
     squeezed to the network's size and brought to its channels. A
-    tenth of them is held out for testing. `dataset.classes`, if
-    there is such a list, names the labels.
+    tenth of them is held out, which this script has no use for.
+    `dataset.classes`, if there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

@@ -3,12 +3,12 @@ also on digits, sprites and your own images.
 
 paper:  Radford et al. 2015, Unsupervised Representation
         Learning with DCGANs, https://arxiv.org/abs/1511.06434
-run:    python main_dcgan.py --num_epochs 10        (every key of the dicts below is an option)
+run:    python main_dcgan.py --num_epochs 10        (all keys of the dicts are options)
         torchrun --nproc_per_node=2 main_dcgan.py   (two processes, each with its own batch)
 writes: cifar10_GAN/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
-        After the first, the last and every sample_every:
+        After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: batches of 16 (there: 128)
@@ -74,7 +74,7 @@ SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work.
+    """Refuse impossible values, in one line and before any work.
 
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
@@ -265,10 +265,10 @@ class Trainer:
     Under torchrun each process has a batch, noise and, where
     there are GPUs, a GPU of its own. The learning rates stay as
     they are. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes,
-    and training.Run the running statistics of batch norm.
-    The history has means over all of them. All draw, but only
-    the first one writes and prints.
+    `step` averages the gradients over the processes, and
+    training.Run averages batch norm's running statistics. The
+    history has means over all of them. Only the first one writes
+    and prints.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -318,7 +318,8 @@ class Trainer:
         """A context in which the networks compute in
         bfloat16, if `precision` asks for it.
 
-        Their weights and logits, the losses and the pictures are float32.
+        Their weights and logits, the losses and the pictures
+        are float32.
         """
         kind = self.train.device.type
         return torch.autocast(kind, torch.bfloat16, enabled=self.bfloat16)
@@ -469,7 +470,8 @@ def load_generator(weights_path):
     """The generator of a weights_epoch_{E}.pt.
     Raises common.BadInput for any other file.
 
-    To sample: load_generator(path)(torch.randn(16, 100)) gives (16, C, H, W).
+    To sample: load_generator(path)(torch.randn(16, 100))
+    gives (16, C, H, W) in [-1, 1]; common.save_grid draws them.
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     side = weights["data"]["shape"][1]
@@ -489,8 +491,8 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
     squeezed to the network's size and brought to its channels. A
-    tenth of them is held out for testing. `dataset.classes`, if
-    there is such a list, names the labels.
+    tenth of them is held out, which this script has no use for.
+    `dataset.classes`, if there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

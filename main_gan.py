@@ -3,13 +3,13 @@ the smallest adversarial pair that draws digits.
 
 paper:  Goodfellow et al. 2014, Generative Adversarial
         Nets, https://arxiv.org/abs/1406.2661
-run:    python main_gan.py --num_epochs 20          (every key of the dicts below is an option)
+run:    python main_gan.py --num_epochs 20          (all keys of the dicts are options)
         python main_gan.py --resume false           (start over)
         torchrun --nproc_per_node=2 main_gan.py     (two processes, each with its own batch)
 writes: mnist_GAN/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
-        After the first, the last and every sample_every:
+        After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: LeakyReLU and no dropout in D (there:
@@ -68,7 +68,7 @@ run_kwargs = {
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work.
+    """Refuse impossible values, in one line and before any work.
 
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
@@ -230,9 +230,9 @@ class Trainer:
     Under torchrun each process has a batch, noise and, where
     there are GPUs, a GPU of its own. The learning rates stay as
     they are. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes.
-    The history has means over all of them. All draw, but only
-    the first one writes and prints.
+    `step` averages the gradients over the processes. The history
+    has means over all of them. Only the first one writes and
+    prints.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, 1, H, W) are all its images as uint8, and
@@ -411,8 +411,8 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     a Pillow image or a tensor (C, H, W), uint8 or floats in
     [0, 1], of any size, and an int from 0. Every image is
     squeezed to the network's size and brought to its channels. A
-    tenth of them is held out for testing. `dataset.classes`, if
-    there is such a list, names the labels.
+    tenth of them is held out, which this script has no use for.
+    `dataset.classes`, if there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)

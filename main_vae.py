@@ -6,12 +6,12 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational
         Burda et al. 2015, Importance Weighted Autoencoders,
         https://arxiv.org/abs/1509.00519
         (the bound that is measured at the end)
-run:    python main_vae.py                  (every key of the dicts below is an option)
+run:    python main_vae.py                  (all keys of the dicts are options)
         torchrun --nproc_per_node=2 main_vae.py   (two processes, each with its own batch)
 writes: mnist_VAE/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
-        After the first, the last and every sample_every:
+        After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png,
         reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
@@ -70,7 +70,7 @@ run_kwargs = {
 
 
 def check_settings(settings):
-    """Refuse impossible values in one line, before any work.
+    """Refuse impossible values, in one line and before any work.
 
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
@@ -251,9 +251,9 @@ class Trainer:
     Under torchrun each process has a batch, noise and, where
     there are GPUs, a GPU of its own. The learning rates stay as
     they are. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes.
-    The history has means over all of them. All draw, but only
-    the first one writes and prints.
+    `step` averages the gradients over the processes. The history
+    has means over all of them. Only the first one writes and
+    prints.
 
     train, test: two common.Images, which lie on the device as
     a whole: train.pixels (M, 1, H, W) are all images as uint8,
@@ -303,15 +303,16 @@ class Trainer:
         """Images x (N, image_size) -> loss,
         reconstruction and KL, in nats per image.
 
-        With the prior p(z) = N(0, I) and any q(z|x),
+        The encoder gives q(z|x), the decoder p(x|z), and the
+        prior is p(z) = N(0, I). For any q
             log p(x) >= E[log p(x|z)] - KL(q(z|x) || p(z)),
         where z ~ q(z|x) (Kingma and Welling, eq. 3). The right
         side is the evidence lower bound (ELBO), and the loss is
         its negative; the expectation is estimated with one z.
         Natural logarithms make the unit nats. z is sampled for
         test images too, so that train and test losses can be
-        compared. For a column that needs mu or logvar return it
-        too: `step` and `evaluate` unpack what is returned.
+        compared. For a column that needs mu or logvar return one
+        more scalar; `step` and `evaluate` unpack it.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = self.encoder(x)
@@ -359,10 +360,9 @@ class Trainer:
         A latent is active if the variance of its mu over the
         images is above 0.01 (Burda et al., section 5.2).
         """
-        total = torch.zeros(3, device=self.test.device)
-        means = []
+        total, means = 0.0, []
         for x in self.test_batches():
-            total += torch.stack(self.losses(x)) * len(x)
+            total = total + torch.stack(self.losses(x)) * len(x)  # (3,)
             mu, _ = self.encoder(x)
             means.append(mu)
         loss, reconstruction, kl = (total / len(self.test)).tolist()
