@@ -50,7 +50,7 @@ class BrokenOff(RuntimeError):
 
 
 def require(condition, sentence):
-    """Raise BadInput with this sentence, which names what is legal, unless the condition holds."""
+    """Raise BadInput unless the condition holds. The sentence names what is legal."""
     if not condition:
         raise BadInput(sentence)
 
@@ -62,11 +62,12 @@ def warn(line):
 
 
 def read_comments(script):
-    """{key: comment} of the lines `"key": value,  # comment`. They are shown by --help only."""
+    """{key: comment} of the lines `"key": value,  # comment`. Only --help shows them."""
     text = Path(script).read_text(encoding="utf-8")
     return dict(re.findall(r'^ +"(\w+)": .*?  # (.+)$', text, re.MULTILINE))
 
 
+# argparse makes "invalid boolean value" and the like of a ValueError
 def boolean(text):
     if text.lower() not in ("true", "false"):
         raise ValueError(text)
@@ -88,7 +89,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_command_line(script, description, dicts):
-    """Copies of the script's dicts, in which `--KEY VALUE` of the command line is put."""
+    """Copies of the script's dicts, with the values that `--KEY VALUE` gives."""
     parser = Parser(
         prog=script.name,
         description=description,
@@ -100,7 +101,7 @@ def parse_command_line(script, description, dicts):
     for kwargs in dicts:
         for key, default in kwargs.items():
             if type(default) not in readers:
-                continue  # such as a Dataset: it can be changed in the file only
+                continue  # such as a Dataset, which can be changed only in the file
             parser.add_argument(
                 f"--{key}",
                 type=readers[type(default)],
@@ -134,7 +135,7 @@ def run_script(main, *dicts):
     except (BrokenOff, OSError) as error:
         warn(f"{script.name}: {error}")
         sys.exit(1)
-    except RuntimeError as error:  # of torch, which has no type of its own for a CPU
+    except RuntimeError as error:  # torch has no exception of its own for a CPU's memory
         full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
         if not full:
             raise
@@ -146,15 +147,20 @@ def run_script(main, *dicts):
 
 
 def choose_device(device):
-    """A torch.device; `auto` takes cuda, else mps, else cpu. Raises BadInput if it is not there."""
+    """A torch.device; `auto` takes cuda, else mps, else cpu. Raises BadInput if there is none."""
     if isinstance(device, torch.device):
         return device
     if device == "auto":
-        alone = PROCESSES == 1  # several could not talk to each other on mps
-        device = "mps" if alone and torch.backends.mps.is_available() else "cpu"
-        device = "cuda" if torch.cuda.is_available() else device
-    if device == "cuda" and PROCESSES > 1:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"  # each process has a GPU of its own
+        if torch.cuda.is_available():
+            device = "cuda"
+        elif torch.backends.mps.is_available() and PROCESSES == 1:  # torchrun cannot use mps
+            device = "mps"
+        else:
+            device = "cpu"
+    if device == "cuda" and PROCESSES > 1:  # each process has a GPU of its own
+        wanted, there = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
+        require(int(wanted) <= there, f"{wanted} processes need a GPU each, and there are {there}")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         torch.zeros(1, device=device)
     except Exception as error:  # each kind of device has its own
@@ -205,7 +211,7 @@ def write(path, content):
         buffer = io.BytesIO()
         content.savefig(buffer, dpi=110)
         content = buffer.getvalue()
-        gc.collect()  # a figure refers to itself; without this line memory grows with each
+        gc.collect()  # a figure refers to itself; else memory would grow with every figure
     part = Path(f"{path}.part")
     try:
         part.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +223,7 @@ def write(path, content):
 
 
 def fill_page(name, data):
-    """A page of pages/ with `data`, and where it asks for it network.js, in it, as bytes.
+    """A template of pages/ with `data` filled in, and network.js if it asks for it, as bytes.
 
     NaN becomes null.
     """
@@ -251,8 +257,8 @@ def load_weights(path, script, part):
     every other file.
     """
     script = Path(script).stem if script else None
-    train = f"; train first: python {script}.py" if script else ""
-    require(Path(path).is_file(), f"there is no file {path}{train}")
+    advice = f"; train first: python {script}.py" if script else ""
+    require(Path(path).is_file(), f"there is no file {path}{advice}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -266,7 +272,8 @@ def load_weights(path, script, part):
     written_by = contents["script"]
     if script and written_by != script:
         raise BadInput(f"{path} was written by {written_by}.py, not by {script}.py")
-    if "dataset_kwargs" not in contents and written_by not in ("common", "fid"):  # caches
+    of_a_cache = written_by in ("common", "fid")  # and of no model with data of its own
+    if "dataset_kwargs" not in contents and not of_a_cache:
         raise BadInput(
             f"{path} was written by an older version of this collection, which did not record "
             "the data; train again, or use that version"
@@ -277,13 +284,13 @@ def load_weights(path, script, part):
 
 
 def newest_weights(part=None):
-    """The newest weights_*.pt that holds `part` (None: any), in the folders of the current one.
+    """The newest weights_*.pt that holds `part` (None: any), below the current folder.
 
-    Where there is none it is a copy of weights/main_vae.pt, which comes with the collection.
+    If there is none, a copy of the collection's own weights/main_vae.pt, which is made here.
     """
     copy = Path("shipped_VAE/weights_main_vae.pt")
     files = {*Path().glob("*/weights_*.pt"), *Path().glob("*/*/weights_*.pt")} - {copy}
-    files = sorted(files)  # of equally new ones always the same is taken
+    files = sorted(files)  # so that of equally new ones always the same is taken
     for path in sorted(files, key=os.path.getmtime, reverse=True):
         try:
             load_weights(path, None, part or "model_kwargs")
@@ -313,7 +320,7 @@ class Images:
     """One split of a data set: a single uint8 tensor on the device, without a DataLoader.
 
     pixels (N, C, H, W) uint8, labels (N,) int64. name is for titles and for the history.
-    dataset_type is what was really loaded, and data_dir where it lay.
+    dataset_type is what was really loaded, and data_dir where it was read from.
     """
 
     pixels: torch.Tensor
@@ -339,7 +346,7 @@ class Images:
         return replace(self, pixels=self.pixels.to(device), labels=self.labels.to(device))
 
     def record(self):
-        """What weights and checkpoints say of the data."""
+        """What weights and checkpoints record of the data."""
         return {
             "name": self.name,
             "dataset_type": self.dataset_type,
@@ -359,39 +366,43 @@ class Images:
         return images, self.labels.index_select(0, index)
 
     def epoch_batches(self, seed, epoch, steps=None):
-        """The indices of every batch of an epoch (from 1); they depend on the seed alone.
+        """The indices of this process's batches in an epoch (from 1); chance is by the seed alone.
 
-        An epoch is a pass over the data, or, with `steps`, so many full batches, cut from an
-        endless row of passes. Processes share each step's images evenly, so that a pass
+        An epoch is a pass over the data, or, with `steps`, that many full batches, cut from
+        an endless row of passes. Of 100 images and 4 steps of 30 it has the first pass and
+        the first 20 of the second. Processes share each step's images evenly, so that a pass
         leaves out at most PROCESSES - 1 of them.
         """
-        per_pass = len(self) // PROCESSES * PROCESSES
-        per_step = self.batch_size * PROCESSES
-        length = steps * per_step if steps else per_pass
-        start = (epoch - 1) * length
-        first, last = start // per_pass, (start + length - 1) // per_pass
-        passes = [self.one_pass(seed, i)[:per_pass] for i in range(first, last + 1)]
-        index = torch.cat(passes)[start % per_pass :][:length].to(self.device)
-        return [part.chunk(PROCESSES)[RANK] for part in index.split(per_step)]
+        images_a_pass = len(self) // PROCESSES * PROCESSES
+        images_a_step = self.batch_size * PROCESSES
+        length = steps * images_a_step if steps else images_a_pass
+        start = (epoch - 1) * length  # in the endless row
+        first_pass, last_pass = start // images_a_pass, (start + length - 1) // images_a_pass
+        passes = []
+        for number in range(first_pass, last_pass + 1):
+            passes.append(self.one_pass(seed, number)[:images_a_pass])
+        index = torch.cat(passes)[start % images_a_pass :][:length].to(self.device)
+        return [step.chunk(PROCESSES)[RANK] for step in index.split(images_a_step)]
 
     def one_pass(self, seed, number):
         """Indices of all images in the order of pass `number` (from 0)."""
         if not self.shuffle:
             return torch.arange(len(self))
+        # a prime, so that no two small seeds have a pass in common
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number + 1)
         return torch.randperm(len(self), generator=generator)
 
 
 @contextmanager
 def first_process_first():
-    """The others wait until the first process has left: they find what it has downloaded."""
+    """The others wait until the first process is done, and then find what it downloaded."""
     if PROCESSES > 1 and RANK:
-        distributed.barrier()
+        distributed.barrier()  # here the others wait ...
     try:
         yield
     finally:
         if PROCESSES > 1 and not RANK:
-            distributed.barrier()
+            distributed.barrier()  # ... until the first process comes here
 
 
 DOWNLOAD_TIMEOUT = 15  # seconds without an answer
@@ -409,7 +420,7 @@ PLACES = {
 }
 CUB = "https://data.caltech.edu/records/65de6-vp158/files/CUB_200_2011.tgz"
 CUB_SHA256 = "0c685df5597a8b24909f6a7c9db6d11e008733779a671760afef78feb49bf081"
-SPRITES = {  # images: labels
+SPRITES = {  # file of the images: file of their labels
     "sprites_1788_16x16.npy": "sprite_labels_nc_1788_16x16.npy",
     "sprites.npy": "sprites_labels.npy",
 }
@@ -417,10 +428,11 @@ SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", "
 
 
 def open_data_set(dataset_type, data_dir, size, channels, jpeg_quality):
-    """([(pixels, labels) to train, (pixels, labels) to test], class names), not yet resized.
+    """([(pixels, labels) to train, (pixels, labels) to test], class names).
 
-    pixels (N, C, H, W) uint8, labels (N,) int64. Raises OSError for data that are neither
-    there nor downloadable, BadInput for files that hold something else.
+    pixels (N, C, H, W) uint8, of some kinds not yet of this size; labels (N,) int64. Raises
+    OSError for data that are neither there nor downloadable, BadInput for files that hold
+    something else.
     """
     if not isinstance(dataset_type, str):
         return load_dataset(dataset_type, size, channels)
@@ -462,7 +474,8 @@ def load_data(
     """Load a data set as (train, test), two `Images` on the device. Raises BadInput.
 
     See `read_data_set` for what can be read, and `Images` for the last four keys.
-    exclude_class: a label that is left out; -1 keeps all.
+    allow_fallback: whether the bundled digits may stand in. jpeg_quality: of cub, which is
+    compressed so; 0 is not at all. exclude_class: a label that is left out; -1 keeps all.
     """
     require(batch_size >= 1, "batch_size must be at least 1")
     require(exclude_class >= -1, "exclude_class must be a label, or -1 to keep all")
@@ -471,9 +484,9 @@ def load_data(
         dataset_type, data_dir, image_channels, image_size, jpeg_quality, allow_fallback
     )
     if exclude_class >= 0:
-        others = train.labels.unique() != exclude_class
-        wrong = f"exclude_class {exclude_class} must be one of the labels of several classes"
-        require(others.any() and not others.all(), wrong)
+        labels = train.labels.unique().tolist()
+        wrong = f"exclude_class {exclude_class} must be a label, and there must be others"
+        require(exclude_class in labels and len(labels) > 1, wrong)
         train, test = leave_out(train, exclude_class), leave_out(test, exclude_class)
         require(len(test) > 0, f"exclude_class {exclude_class} leaves no image to test on")
     most = f"batch_size must be at most {len(train)}, all images of {train.name}"
@@ -498,11 +511,12 @@ def kind_of(dataset_type):
 def read_data_set(dataset_type, data_dir, channels, image_size, jpeg_quality, allow_fallback):
     """Read a data set as (train, test), two `Images` on the CPU.
 
-    dataset_type: mnist, fashion_mnist, cifar10, cub, sprites (the files in data_dir,
-    else a download, but for sprites, else the bundled digits with a warning); folder
-    (data_dir holds images, flat or with a sub-folder a class); digits (5,000 of MNIST,
-    in random colours for 3 channels); or a torch Dataset of (image, label). A fixed
-    tenth is held out where there is no test split. image_size: 0 is its own, or 32.
+    dataset_type: mnist, fashion_mnist, cifar10 and cub are read from data_dir, or else
+    downloaded; sprites are only read. Where that fails, the bundled digits stand in, with a
+    warning. folder: the images in data_dir, whose sub-folders, if it has any, are the
+    classes. digits: 5,000 of MNIST, in random colours for 3 channels. Or a torch Dataset of
+    (image, label). A fixed tenth is held out where there is no test split. image_size: 0 is
+    the data set's own, or 32 if it has none.
     """
     loaded = kind_of(dataset_type)
     require(image_size >= 0, "image_size must be at least 1, or 0 for the data set's own")
@@ -538,9 +552,9 @@ def leave_out(images, label):
 def load_again(weights, data_dir, device, exclude_class=-1):
     """(train, test) that these weights were trained on, in the same shape and range.
 
-    data_dir "": where the data lay then. A class that was left out is there again, unless
-    exclude_class says otherwise. Nothing else stands in, but for weights that come with
-    the collection the bundled digits do. Raises BadInput.
+    data_dir "": where the data were in training. A class that was left out is there again,
+    unless exclude_class says otherwise. Nothing stands in for missing data, except for the
+    weights that come with the collection, where the bundled digits do. Raises BadInput.
     """
     data, kwargs = weights["data"], weights["dataset_kwargs"]
     kind = data["dataset_type"]
@@ -574,7 +588,10 @@ def describe_source(weights, images):
 
 
 def resize(pixels, size, channels):
-    """(N, C, H, W) uint8 -> (N, channels, size, size). 28 to 32 pads, all else is bicubic."""
+    """(N, C, H, W) uint8 -> (N, channels, size, size), squeezed by bicubic interpolation.
+
+    Only 28 to 32 is padded: with black, or in colour with the colours of the edge.
+    """
     from torchvision.transforms import functional as TF
 
     if pixels.shape[1] > channels:
@@ -597,14 +614,14 @@ def hold_out_a_tenth(pixels, labels):
 
 @contextmanager
 def downloading():
-    """Inside, a server that does not answer is given up, and every failure is an OSError."""
+    """Inside, a server that does not answer times out, and every failure is an OSError."""
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT)
     try:
         yield
     except Exception as error:  # torchvision and urllib raise half a dozen types here
         raise OSError(" ".join(str(error).split()) or repr(error))
     finally:
-        socket.setdefaulttimeout(None)  # as Python has it
+        socket.setdefaulttimeout(None)  # Python's default
 
 
 def load_torchvision(name, data_dir):
@@ -633,6 +650,9 @@ def load_dataset(dataset, size, channels):
     for i in range(len(dataset)):
         image, label = dataset[i]
         if not isinstance(image, torch.Tensor):
+            kind = type(image).__name__
+            wrong = f"image {i} of the Dataset must be Pillow's or a tensor, not {kind}"
+            require(hasattr(image, "mode"), wrong)
             deep = image.mode[0] in "IF"  # more than 8 bits a channel
             require(not deep, f"image {i} of the Dataset has mode {image.mode}; bring it to 8 bits")
             image = pil_to_tensor(flatten_image(image, channels))
@@ -650,13 +670,13 @@ def load_dataset(dataset, size, channels):
 
 
 def load_digits(channels):
-    """The bundled digits: grey, or for 3 channels each in a random colour on another."""
+    """The bundled digits: grey, or for 3 channels each in a random colour on another one."""
     splits = []
     with np.load(Path(__file__).parent / "data" / "mnist_5k.npz") as packed:
         for seed, split in enumerate(("train", "test")):
             pixels = torch.from_numpy(packed[f"{split}_images"]).unsqueeze(1)
             labels = torch.from_numpy(packed[f"{split}_labels"])
-            # the file is sorted by class
+            # the file is sorted by class, so they are shuffled, always in the same way
             order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
             pixels, labels = pixels[order], labels[order]
             if channels == 3:
@@ -677,19 +697,20 @@ def load_sprites(data_dir):
     """
     found = [name for name in SPRITES if (Path(data_dir) / name).is_file()]
     if not found:
-        raise OSError("those who publish it ask for an account")
-    path, beside = Path(data_dir) / found[0], Path(data_dir) / SPRITES[found[0]]
+        raise OSError("its download needs an account")
+    path, labels_path = Path(data_dir) / found[0], Path(data_dir) / SPRITES[found[0]]
     try:
-        pixels, labels = np.load(path), np.load(beside)
+        pixels, labels = np.load(path), np.load(labels_path)
     except Exception as error:  # numpy raises half a dozen types here
-        raise BadInput(f"{path} and {beside} cannot be read ({error})")
+        raise BadInput(f"{path} and {labels_path} cannot be read ({error})")
     if labels.ndim == 2:  # one-hot
         labels = labels.argmax(1)
     good = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[3] == 3
-    require(good, f"{path} must hold uint8 (N, height, width, 3), not {pixels.shape}")
-    whole = labels.dtype.kind in "iu" and labels.shape == (len(pixels),)
-    wanted = "a whole number from 0, or a one-hot row, an image"
-    require(whole and labels.min() >= 0, f"{beside} must hold {wanted}")
+    found_there = f"{pixels.dtype} {pixels.shape}"
+    require(good, f"{path} must hold uint8 (N, height, width, 3), not {found_there}")
+    integers = labels.dtype.kind in "iu" and labels.shape == (len(pixels),)
+    wanted = "a whole number from 0, or a one-hot row, for each image"
+    require(integers and labels.min() >= 0, f"{labels_path} must hold {wanted}")
     # the published file holds each picture about 50 times
     first = np.unique(pixels.reshape(len(pixels), -1), axis=0, return_index=True)[1]
     kept = np.sort(first)
@@ -703,7 +724,7 @@ def load_sprites(data_dir):
 
 
 def download(url, path, sha256):
-    """Download a file; it gets its name when the start of its hash is right. Raises OSError."""
+    """Download a file, which is kept only if its SHA-256 begins so. Raises OSError."""
     with downloading():
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path), sha256, progress=sys.stderr.isatty())
@@ -734,23 +755,23 @@ def load_cub(data_dir, size, channels, jpeg_quality):
 
 
 def image_files(folder):
-    """The image files below a folder, sorted; nothing hidden. Raises BadInput below two."""
+    """The image files in a folder and below it, sorted; hidden ones are left out.
+
+    Raises BadInput if they are fewer than two.
+    """
     folder = Path(folder)
     require(folder.is_dir(), f"there is no folder {folder}")
     paths = []
     for path in sorted(folder.rglob("*")):
-        if (
-            path.suffix.lower() in SUFFIXES
-            and path.is_file()
-            and "/." not in f"/{path.relative_to(folder).as_posix()}"
-        ):
+        hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
+        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
             paths.append(path)
     require(len(paths) > 1, f"{folder} holds {len(paths)} images; two are the least")
     return paths
 
 
 def class_of(path, folder):
-    """The sub-folder that an image is in, or "" if it is in none."""
+    """The sub-folder of `folder` that an image is in, at any depth, or "" if it is in none."""
     parts = Path(path).relative_to(folder).parts
     return parts[0] if len(parts) > 1 else ""
 
@@ -770,14 +791,15 @@ def flatten_image(image, channels):
 def read_picture(path, size, channels, whole, jpeg_quality):
     """A file as an array of size x size pixels: its middle, or if `whole` all of it, squeezed.
 
-    None if it cannot be read; if `whole`, also if it is grey.
+    None if it cannot be read, or has more than 8 bits a channel; if `whole`, also if grey.
     """
     from PIL import Image, ImageOps
 
     bicubic = Image.Resampling.BICUBIC  # Pillow's is antialiased
     try:
         with Image.open(path) as file:
-            if whole and file.mode == "L":
+            deep = file.mode[0] in "IF"  # more than 8 bits a channel, which would be cut off
+            if deep or (whole and file.mode == "L"):
                 return None
             image = flatten_image(file, channels)
         image = image.resize((size, size), bicubic) if whole else image
@@ -805,22 +827,25 @@ def read_folder(folder, paths, **options):
         pictures = pool.map(partial(read_picture, **options), paths)
         pictures = list(tqdm(pictures, f"reading {folder}", len(paths), disable=None))
     kept = [picture is not None for picture in pictures]
-    require(sum(kept) > 1, f"{folder}: {sum(kept)} images can be read; two are the least")
-    pixels = np.stack([picture for picture in pictures if picture is not None])
-    pixels = torch.from_numpy(pixels)
+    readable = [picture for picture in pictures if picture is not None]
+    require(len(readable) > 1, f"{folder}: {len(readable)} images can be read; two are the least")
+    pixels = torch.from_numpy(np.stack(readable))
     cache(path, "common", pixels=pixels, kept=kept, digest=digest)
     return pixels, kept
 
 
 def load_folder(folder, size, channels, whole=False, jpeg_quality=0):
-    """All images below a folder; the sub-folder that an image is in is its class."""
+    """All images in a folder and below it; its sub-folders are the classes.
+
+    A tenth is held out. whole, jpeg_quality: see `read_picture`.
+    """
     folder, paths = Path(folder), image_files(folder)
     pixels, kept = read_folder(
         folder, paths, size=size, channels=channels, whole=whole, jpeg_quality=jpeg_quality
     )
     skipped = [path.name for path, good in zip(paths, kept) if not good]
     if skipped:
-        why = "grey or unreadable" if whole else "unreadable"
+        why = "grey or unreadable" if whole else "unreadable (or not of 8 bits)"
         warn(f"{folder}: left out {len(skipped)} {why} images, such as {', '.join(skipped[:10])}")
     classes = [class_of(path, folder) for path, good in zip(paths, kept) if good]
     class_names = sorted(set(classes))
@@ -836,17 +861,17 @@ def save_grid(images, path, *, columns, low=-1.0, high=1.0):
     """Write images (N, C, H, W) as a PNG grid on a fixed scale: low is black, high is white."""
     from torchvision.utils import save_image
 
-    across = min(columns, len(images)) * (images.shape[3] + 2)
-    zoom = math.ceil(480 / across)  # small pictures are enlarged by whole pixels
+    width = min(columns, len(images)) * (images.shape[3] + 2)
+    zoom = math.ceil(480 / width)  # small pictures are enlarged by whole pixels
     images = images.float().repeat_interleave(zoom, 2).repeat_interleave(zoom, 3)
-    grey = dict(normalize=True, value_range=(low, high), pad_value=0.5)
+    scale = dict(normalize=True, value_range=(low, high), pad_value=0.5)
     buffer = io.BytesIO()
-    save_image(images, buffer, "PNG", nrow=columns, padding=2 * zoom, **grey)
+    save_image(images, buffer, "PNG", nrow=columns, padding=2 * zoom, **scale)
     write(path, buffer.getvalue())
 
 
 def new_figure(width, height):
-    """An empty matplotlib figure of so many inches, which draws without a screen."""
+    """An empty matplotlib figure, its size in inches, which draws without a screen."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -857,8 +882,9 @@ def new_figure(width, height):
 def save_curves(history, panels, title, path):
     """Plot columns of a history (a list of rows) against its first column.
 
-    panels: {label of the y axis: [columns]}, one beside another. Cells that a row does not
-    have, or that are NaN, are not drawn.
+    panels: {label of the y axis: [columns]}, three beside one another. Cells that a row does
+    not have, or that are NaN, are not drawn. Columns of test images are dashed; where values
+    span a factor of 20 the axis is logarithmic.
     """
     unit = next(iter(history[0]))  # epoch or iteration
     across = min(3, len(panels))

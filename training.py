@@ -20,13 +20,18 @@ from torch import distributed
 import common
 from common import PROCESSES, RANK, BadInput, BrokenOff, require, warn
 
-LOOK_SECONDS = 1.0  # between two looks at the losses; the host waits for the device at each
-AGREE_STEPS = 16  # of several GPUs: between two looks at whether one was told to stop
+LOOK_SECONDS = 1.0  # between two looks at the losses, at each of which the host waits
+AGREE_STEPS = 16  # on several GPUs only: whether one was told to stop is looked at so often
 # what may change when a run is continued: how it is computed, not what
-FREE_TO_CHANGE = {"num_epochs", "output_dir", "data_dir", "allow_fallback", "precision"}
-FREE_TO_CHANGE |= {"score_every"}
-# what the scripts write into the folder of
-# a run, and the analyses beside its weights
+FREE_TO_CHANGE = {
+    "num_epochs",
+    "output_dir",
+    "data_dir",
+    "allow_fallback",
+    "precision",
+    "score_every",
+}
+# what scripts write into a run's folder, and analyses beside its weights
 RUN_FILES = [
     "checkpoint.pt",
     "history.csv",
@@ -117,10 +122,10 @@ class Run:
             torch.set_num_threads(min(num_threads, os.cpu_count()))
         join_processes(self.device)
         self.checkpoint = self.read_checkpoint() if resume and self.path.is_file() else None
-        self.history = []  # a row {column: value} an epoch
+        self.history = []  # a row {column: value} for each epoch
         self.names, self.rows = [], []  # columns of the epoch's steps, and a row for each step
-        self.epoch = 0
-        self.first_step = self.stop_signal = 0  # first_step: of an epoch that was interrupted
+        self.epoch = self.stop_signal = 0
+        self.first_step = 0  # where an epoch that was interrupted goes on
         self.graph = self.last_weights = None
         self.has_encoder = False
 
@@ -147,9 +152,10 @@ class Run:
     def epochs(self, train, state, num_epochs, *, steps=None, unit="epoch", unit_size=1):
         """Yield the epochs (from 1) that are still to be trained on `train`, an Images.
 
-        steps: of an epoch, if it is not a pass over
-        the data. unit, unit_size: what an epoch is
-        called, and how many of these it is.
+        After each of them checkpoint.pt, history.csv and run.html
+        are written. steps: of an epoch, if it is not a pass over
+        the data. unit="iteration", unit_size=500: what is shown
+        of an epoch is that it is 500 iterations.
         """
         self.train, self.steps = train, steps
         self.state, self.num_epochs = state, num_epochs
@@ -159,9 +165,9 @@ class Run:
         self.data = {**train.record(), "steps an epoch": len(self.sizes)}
         if self.checkpoint:
             self.restore(self.checkpoint)
-            if self.history:  # a kill between two files leaves the table a row behind
+            if self.history:  # after a kill between two files the table lacks a row
                 common.write(self.folder / "history.csv", self.history)
-        elif RANK:  # from equal weights on, each process draws noise of its own
+        elif RANK:  # networks were built from equal seeds; noise is each process's own
             torch.manual_seed(self.seed + 1_000_003 * RANK)
         if self.path.is_file() and not self.checkpoint and num_epochs and not RANK:
             self.set_aside()
@@ -213,17 +219,20 @@ class Run:
             return
         here = self.train.dataset_type in common.DATASET_TYPES  # can be loaded again
         weights, commands = self.last_weights, []
-        if here or not self.has_encoder:
+        if here or not self.has_encoder:  # with an encoder it needs images, too
             commands.append(f"python latent_space_interpolation.py --weights_path {weights}")
         if here and len(self.train.class_names) > 1:
             commands.append(f"python fid.py --features classifier --generated {weights}")
         print(f"pictures and weights are in {self.folder}/", *commands, sep="\n  ", flush=True)
 
     def batches(self):
-        """Yield (images, labels) of the epoch, on the device."""
+        """Yield (images, labels) of the epoch, on the device.
+
+        Between two of them losses are looked at, and a signal to stop is obeyed.
+        """
         self.step = self.first_step
         self.rows = self.rows[: self.step]
-        self.begun = looked = time.monotonic()
+        self.begun = last_look = time.monotonic()
         indices = self.train.epoch_batches(self.seed, self.epoch, self.steps)
         for index in indices[self.first_step :]:
             yield self.train.batch(index)
@@ -236,9 +245,10 @@ class Run:
                 self.check_losses()
                 self.save_checkpoint(self.epoch - 1, self.step)
                 self.stop_if_told()
-            if time.monotonic() - looked > LOOK_SECONDS:
+            # only the first process looks, or another might leave without a word
+            if not RANK and time.monotonic() - last_look > LOOK_SECONDS:
                 self.show(self.check_losses())
-                looked = time.monotonic()
+                last_look = time.monotonic()
 
     def agree(self):
         """Give all processes the same losses and batch norm statistics, and the word to stop."""
@@ -256,13 +266,16 @@ class Run:
 
         They are {column in words: tensor}, the same columns at
         each step of an epoch, and stay on the device: nothing
-        waits for them. If the script was changed where an
-        epoch was interrupted, the means of this epoch are over
-        the steps since then.
+        waits for them. inputs are tensors, and `step` is always
+        the same function, since it is recorded. If the script was
+        changed where an epoch was interrupted, the means of this
+        epoch are over the steps since then.
         """
         recordable = self.cuda_graph and self.device.type == "cuda" and PROCESSES == 1
         if recordable and self.graph is None:
             self.graph = Graph(step, self)
+        if self.graph and step != self.graph.step:
+            raise TypeError("train_step takes one `step` only: another was recorded")
         values = self.graph(*inputs) if self.graph else step(*inputs)
         if self.names != list(values):
             if self.step > self.first_step:
@@ -280,11 +293,12 @@ class Run:
         """
         twice = ", ".join(name for name in measured if name in self.names)
         require(not twice, f"{twice}: `step` and end_epoch may not have a column of the same name")
-        rows = self.check_losses()
+        rows = self.check_losses()  # fewer than steps if columns are new since an interruption
         finite = [p.isfinite().all() for network in self.networks for p in network.parameters()]
         if not all(finite):
             self.break_off("weights are no longer finite after " + self.count(self.epoch))
-        sizes = torch.tensor(self.sizes[: self.step][-len(rows) :], dtype=torch.float64)
+        done = self.sizes[: self.step]  # images of each step
+        sizes = torch.tensor(done[-len(rows) :], dtype=torch.float64)
         means = (sizes[:, None] * rows).sum(0) / sizes.sum()
         row = {self.unit: self.epoch * self.unit_size, "data": self.train.name}
         row |= dict(zip(self.names, means.tolist()))
@@ -315,7 +329,7 @@ class Run:
         seconds = (time.monotonic() - self.begun) / max(1, self.step - self.first_step)
         left = (self.num_epochs - self.epoch) * len(self.sizes) * seconds / 60
         numbers = []
-        for name, value in list(row.items())[2:]:
+        for name, value in list(row.items())[2:]:  # without unit and data
             numbers.append(f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}")
         place = f"{self.count(self.epoch)}/{self.num_epochs * self.unit_size}"
         print(place, *numbers, f"{left:.1f} min left", sep="  ", flush=True)
@@ -388,9 +402,11 @@ class Run:
                 part.load_state_dict(old["state"][name])
             except (KeyError, RuntimeError, ValueError):
                 self.refuse(f"{self.path} is of another {name} than the script has now")
-            groups = getattr(part, "param_groups", [])  # loading has made new ones
+            # Loading has replaced the groups. The script holds the old
+            # tensor of a rate, and goes on changing it: it comes back.
+            groups = getattr(part, "param_groups", [])
             for group, rate in zip(groups, rates):
-                if isinstance(rate, torch.Tensor):  # the script goes on changing this very tensor
+                if isinstance(rate, torch.Tensor):
                     group["lr"] = rate.fill_(group["lr"])
         self.epoch, self.first_step, self.history = old["epoch"], old["step"], old["history"]
         self.names = old["names"]
@@ -428,36 +444,35 @@ class Run:
 def join_processes(device):
     """Under `torchrun --nproc_per_node=N SCRIPT.py`: make the N processes one group."""
     if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # graphs and messages go by the current GPU
+        torch.cuda.set_device(device)  # graphs and messages use the current GPU
     if PROCESSES > 1 and not distributed.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        # the others wait so long while the first one downloads the data
+        # the others wait while the first one downloads the data
         distributed.init_process_group(backend, timeout=timedelta(hours=2))
-        # a process that ends with gloo's threads
-        # at work is now and then aborted
+        # a process that ends while gloo's threads run sometimes crashes
         atexit.register(distributed.destroy_process_group)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all
 
 
 def check_plain(settings):
-    """Raises BadInput for a numpy number or a Path: saved, it could never be loaded again."""
+    """Raises BadInput for a numpy number or a Path, which weights_only could not load again."""
     for key, value in settings.items():
         plain = type(value) in (bool, int, float, str, tuple, list, type(None))
         require(plain, f"{key} must be a plain number, bool or str, not {value!r}")
 
 
 def check_writable(folder):
-    """Raises BadInput if nothing can be written there. The first file that is written makes it."""
-    there = next((place for place in (folder, *folder.parents) if place.exists()), folder)
+    """Raises BadInput if nothing can be written there. It is made for its first file."""
+    nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
-        tempfile.TemporaryFile(dir=there).close()
+        tempfile.TemporaryFile(dir=nearest).close()
     except OSError as error:
         raise BadInput(f"output_dir {folder} cannot be written: {error.strerror}")
 
 
 def random_state(device):
-    """Where torch's random numbers are, on the host and on the device."""
+    """The states of torch's random generators, on the host and on the device."""
     states = [torch.get_rng_state()]
     if device.type in ("cuda", "mps"):  # they have random numbers of their own
         states.append(getattr(torch, device.type).get_rng_state())
@@ -475,15 +490,17 @@ class Graph:
     """A training step as one CUDA graph: its small kernels are recorded once, then replayed.
 
     https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs.
-    The first three steps run as they are, on a stream of their
-    own, and count: they are the warm-up that recording asks for.
-    Smaller batches run as they are too. The tensors that come
-    back are overwritten by the next step.
+    The first three steps run without a graph, on a stream of
+    their own, and are steps of training like the others: they are
+    the warm-up that recording asks for. Smaller batches always
+    run without the graph. The tensors that come back are
+    overwritten by the next step.
     """
 
     def __init__(self, step, run):
         self.step, self.run = step, run
-        self.warm_up_steps, self.graph, self.inputs = 3, None, None
+        self.warm_up_steps = 3  # that are left
+        self.graph = self.inputs = None
         self.stream = torch.cuda.Stream()
 
     def __call__(self, *inputs):
@@ -515,14 +532,13 @@ class Graph:
             network.zero_grad(set_to_none=True)  # they are made anew, in the graph's memory
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):  # nothing is computed here, only written down
+            with torch.cuda.graph(graph):  # nothing is computed here, only recorded
                 values = self.step(*self.inputs)
-        except RuntimeError as error:  # after this CUDA may refuse everything in this process
+        except RuntimeError as error:  # CUDA may be of no use to this process any more
             raise BrokenOff(
                 "this step cannot be recorded as a CUDA graph; start again with "
                 f"--cuda_graph false ({error})"
             )
-        # detached, since the short steps build
-        # a graph of gradients of their own
+        # detached, since smaller batches build a graph of gradients of their own
         self.values = {name: value.detach() for name, value in values.items()}
         self.graph = graph

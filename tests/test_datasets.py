@@ -69,7 +69,7 @@ def test_a_class_that_is_left_out_is_gone_and_named():
         assert split.class_names == before.class_names
     train, _ = load(exclude_class=0)
     assert torch.cat(train.epoch_batches(0, 1)).max() == 4049
-    with pytest.raises(common.BadInput, match="exclude_class 10 must be one of the labels"):
+    with pytest.raises(common.BadInput, match="exclude_class 10 must be a label, and there must"):
         load(exclude_class=10)
     # of few images the held-out tenth may have none of the class
     few = Pictures([torch.zeros(1, 8, 8)] * 20, [0] * 18 + [1] * 2)
@@ -191,6 +191,8 @@ def test_tensors_of_a_dataset_are_bytes_or_shares_of_one():
             load(Pictures([ramp, wrong]), image_channels=3)
     with pytest.raises(common.BadInput, match="image 1 .* has mode F; bring it to 8 bits"):
         load(Pictures([ramp, Image.new("F", (8, 8), 0.5)]), image_channels=3)
+    with pytest.raises(common.BadInput, match="image 0 .* or a tensor, not ndarray"):
+        load(Pictures([ramp.numpy(), ramp]), image_channels=3)
     for wrong in (ramp.short(), ramp[:2]):
         with pytest.raises(common.BadInput, match=r"image 1 .* must be uint8 or floats, \(1 or 3"):
             load(Pictures([ramp, wrong]), image_channels=3)
@@ -274,6 +276,15 @@ def test_a_folder_s_images_keep_their_labels_and_their_colours(tmp_path):
             found[tuple(image[:, 0, 0].tolist())] = label
     assert found == expected
     assert splits[0].class_names == ["ant", "bee", "cat"]
+
+
+def test_pictures_of_sixteen_bits_are_left_out_and_not_cut_off(pictures, capsys):
+    deep = np.arange(64, dtype=np.uint16).reshape(8, 8) * 1000
+    Image.fromarray(deep).save(pictures / "wren" / "deep.png")
+    train, test = load("folder", pictures, image_channels=1, image_size=16)
+    assert len(train) + len(test) == 8
+    error = capsys.readouterr().err
+    assert "left out 2 unreadable (or not of 8 bits) images" in error and "deep.png" in error
 
 
 def test_folder_is_read_again_when_a_file_changes(pictures):

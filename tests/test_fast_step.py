@@ -133,6 +133,20 @@ def test_a_step_that_breaks_off_while_it_is_recorded(train, monkeypatch):
     assert "operation not permitted" in str(stop.value)
 
 
+def test_a_second_step_is_refused_since_the_first_would_be_replayed(train, monkeypatch):
+    script = importlib.import_module("main_gan")
+    StandIn(monkeypatch, script)
+    train_step = training.Run.train_step
+
+    def alternate(run, step, *inputs):
+        train_step(run, step, *inputs)
+        train_step(run, lambda *inputs: step(*inputs), *inputs)
+
+    monkeypatch.setattr(training.Run, "train_step", alternate)
+    with pytest.raises(TypeError, match="takes one `step` only"):
+        train(script, "two", num_epochs=1)
+
+
 def test_what_a_recorded_step_returns_holds_no_graph_of_gradients(train, monkeypatch):
     script = importlib.import_module("main_gan")
     StandIn(monkeypatch, script)

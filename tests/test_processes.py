@@ -161,7 +161,12 @@ def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(str(device)))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common, "PROCESSES", 2)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # so that the first process says it, too
+    with pytest.raises(common.BadInput, match="3 processes need a GPU each, and there are 2"):
+        common.choose_device("auto")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert common.choose_device("auto") == common.choose_device("cuda")
     assert common.choose_device("auto") == torch.device(f"cuda:{rank}")
     assert common.choose_device("cuda:3") == torch.device("cuda:3")
@@ -178,6 +183,7 @@ def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
 def test_auto_takes_the_fastest_device_that_there_is(cuda, mps, chosen, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     assert common.choose_device("auto") == torch.device(chosen)
     monkeypatch.setattr(common, "PROCESSES", 2)  # which cannot talk to each other on mps
