@@ -483,7 +483,9 @@ def set_random_state(device, states):
     """Go on with random numbers where `random_state` was called."""
     torch.set_rng_state(states[0])
     if device.type in ("cuda", "mps") and len(states) > 1:
-        getattr(torch, device.type).set_rng_state(states[1])
+        generator = getattr(torch, device.type)
+        if len(states[1]) == len(generator.get_rng_state()):  # else of the other kind of GPU
+            generator.set_rng_state(states[1])
 
 
 class Graph:

@@ -164,6 +164,18 @@ def test_what_a_recorded_step_returns_holds_no_graph_of_gradients(train, monkeyp
     assert not any(value.requires_grad for value in replayed.values())
 
 
+@pytest.mark.parametrize("length, restored", [(16, True), (44, False)])
+def test_random_numbers_of_another_kind_of_gpu_are_left_where_they_are(
+    length, restored, monkeypatch
+):
+    saved, known = [], torch.zeros(16, dtype=torch.uint8)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: known)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", saved.append)
+    of_the_gpu = torch.ones(length, dtype=torch.uint8)
+    training.set_random_state(torch.device("cuda"), [torch.get_rng_state(), of_the_gpu])
+    assert len(saved) == restored
+
+
 def test_switched_off_it_is_the_plain_step(train, monkeypatch):
     script = importlib.import_module("main_gan")
     stand_in = StandIn(monkeypatch, script)
