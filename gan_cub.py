@@ -18,7 +18,7 @@ course: CMU 16-824, Visual Learning and Recognition,
 run:    python gan_cub.py                       (all keys of the dicts are options)
         python gan_cub.py --experiment losses   (all four in turn, compared)
         python gan_cub.py --experiment r3gan    (what each half of its loss does)
-        torchrun --nproc_per_node=2 gan_cub.py  (two processes, each with its own batch)
+        torchrun --nproc_per_node=2 gan_cub.py  (two processes, a batch each)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/. After every period of sample_every iterations:
         history.csv, run.html (open it to watch: pictures and
@@ -71,7 +71,7 @@ model_kwargs = {
 dataset_kwargs = {
     "dataset_type": "cub",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images an iteration, in each process
-    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
+    "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 32,  # 16 | 32 | 64 pixels a side; of cub the whole photograph
     "jpeg_quality": 0,  # of cub: 75 compresses as the course's are; 0: does not
@@ -94,7 +94,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "resume": True,  # go on from checkpoint.pt; false moves the old run away
     "sample_every": 1000,  # iterations between scores, pictures and weights
 }
 experiment_kwargs = {
@@ -325,7 +325,7 @@ def gan_discriminator_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(G(z))), D the sigmoid of the logit;
     Goodfellow et al., eq. (1).
 
-    Both halves are means over the batch, here and below. At
+    Both terms are means over the batch, here and below. At
     D = 1/2 it is 2 log 2 = 1.386. torch computes it from the
     logit, since the log of a sigmoid that has rounded to 0
     is infinite.
@@ -468,8 +468,8 @@ def make_networks(latent_dim, feature_maps, image_shape, device):
     """(generator, its average, discriminator)
     for images of shape (C, H, W), on the device.
 
-    They start from torch's own weights, as in the course:
-    uniform, and smaller than 1 / sqrt(inputs of a unit).
+    They start from torch's default random weights, as in the
+    course: uniform, and smaller than 1 / sqrt(inputs of a unit).
     """
     image_channels, image_size, _ = image_shape
     generator = Generator(latent_dim, feature_maps, image_channels, image_size)
@@ -551,9 +551,10 @@ class Trainer:
       in an order that depends on the seed alone, a new one at
       each pass.
     - run.train_step calls `step` and keeps its scalars. run.step
-      is the number of the last call, from 0 in each period.
-    - run.end_epoch adds a row to the history: the means of these
-      scalars, and what it is given. It returns all rows.
+      is the number of the call just done, from 0 in each period.
+    - run.end_epoch adds a row to the history: the iteration, the
+      data, the means of these scalars, and what it is given. It
+      returns all rows.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
@@ -562,12 +563,13 @@ class Trainer:
     longer finite ends the run.
 
     Under torchrun each process has a batch, noise and, where
-    there are GPUs, a GPU of its own. The learning rates stay as
-    they are. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes, and
-    training.Run averages batch norm's running statistics. The
-    history has means over all of them. Only the first one writes
-    and prints.
+    there are GPUs, a GPU of its own. The learning rate is not
+    changed, and a period has as many iterations. All begin with
+    equal networks, which stay equal: `step` averages the
+    gradients over the processes, and training.Run averages batch
+    norm's running statistics. The history has means over all of
+    them. What they draw or print is written by the first one
+    only. A run goes on with as many as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -773,10 +775,10 @@ class Trainer:
             refuse_other_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
-                # A picture every 100 calls of `step`, 100 * d_steps iterations, goes here.
-                # run.step is the number of the call just done, from 0 in each period:
-                #     if run.step % 100 == 0:
-                #         self.draw(f"{period}_step_{run.step}")
+                # a picture every 100 calls of `step`, which are
+                # 100 * d_steps iterations, goes here:
+                # if run.step % 100 == 0:
+                #     self.draw(f"{period}_step_{run.step}")
             self.evaluate(period * size)
 
     def evaluate(self, iteration):
@@ -854,12 +856,13 @@ def main(
     returns the Trainer, or {name: Trainer} of an experiment.
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
-    your own, here or in the dict above. It gives (image, label):
-    a Pillow image or a tensor (C, H, W), uint8 or floats in
-    [0, 1], of any size, and an int from 0. Every image is
-    squeezed to the network's size and brought to its channels. A
-    tenth of them is held out, which this script has no use for.
-    `dataset.classes`, if there is such a list, names the labels.
+    your own with a length, here or in the dict above. It gives
+    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
+    floats in [0, 1], of any size, and an int from 0. Every image
+    is resized, not cropped, brought to the network's channels and
+    kept as uint8. A tenth of the images is held out, which this
+    script has no use for. `dataset.classes`, if there is such a
+    list, names the labels.
     """
     check_settings(
         {**model_kwargs, **dataset_kwargs, **trainer_kwargs, **run_kwargs, **experiment_kwargs}

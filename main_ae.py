@@ -10,8 +10,8 @@ courses: CMU 16-824, Visual Learning and Recognition,
         Exercise 1, "Training generative model to generate
         MNIST digits" (grey)
 run:    python main_ae.py                   (all keys of the dicts are options)
-        python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
-        torchrun --nproc_per_node=2 main_ae.py           (two processes, each with its own batch)
+        python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/ there)
+        torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --experiment model_types --dataset_type mnist --output_dir mnist_AE
 writes: cifar10_VAE/. After every epoch: history.csv, run.html
@@ -27,7 +27,7 @@ writes: cifar10_VAE/. After every epoch: history.csv, run.html
 differs from the papers: Burgess et al. pull the KL to a growing
         target, while here it is only multiplied by beta, as
         in the courses, whose networks these are; gradients are
-        cut to norm 1 (see `step`); pictures, weights files and
+        clipped to norm 1 (see `step`); pictures, weights files and
         tests are of averaged networks, which are steadier
 expect: CIFAR-10, 20 epochs, seed 0, bfloat16, squared error per
         test image: AE with 16, 128 and 1024 latents 199.6, 53.9
@@ -53,7 +53,7 @@ model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; see also beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first layer; they double as the side halves
-    "image_channels": 3,  # 3 colour; 1 grey: other networks, another loss (always of MNIST)
+    "image_channels": 3,  # 3 colour; 1 grey: other networks, another loss
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
@@ -62,7 +62,7 @@ dataset_kwargs = {
     "dataset_type": "cifar10",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 256,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
+    "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 32,  # pixels a side, a multiple of 8: MNIST's 28 are padded to 32
 }
@@ -72,16 +72,16 @@ trainer_kwargs = {
     "beta": 1.0,  # weight of the KL; more: codes nearer to N(0, I), worse pictures
     "beta_schedule": "constant",  # constant | linear: from 0 in epoch 1 to beta
     "beta_epochs": 20,  # of the linear schedule: with 20, epoch 21 has all of beta
-    "ema_decay": 0.99,  # averaged networks are tested, shown and saved; 0: none are
+    "ema_decay": 0.99,  # averages are tested, shown and saved; 0: the networks are
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "output_dir": "cifar10_VAE",  # everything is written there; give others for other settings
+    "output_dir": "cifar10_VAE",  # everything is written there; take another for other settings
 }
 run_kwargs = {
     "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "resume": True,  # go on from checkpoint.pt; false moves the old run away
     "sample_every": 5,  # epochs between pictures and weights; first and last have them
 }
 experiment_kwargs = {
@@ -89,8 +89,8 @@ experiment_kwargs = {
 }
 # The settings of each experiment: keys of model_kwargs and
 # trainer_kwargs. All others come from the dicts or the command
-# line. For other keys than these, let `compare` put them into the
-# names of the folders.
+# line. If you vary other keys, add them to the folders' names in
+# `compare`, or settings will share a folder.
 EXPERIMENTS = {
     "latent_sizes": [
         {"model_type": "ae", "latent_dim": 16},
@@ -151,7 +151,7 @@ def check_settings(settings):
 class ColourEncoder(nn.Module):
     """Images (N, 3, H, W) -> mu and logvar, both (N, latent_dim).
 
-    They are of q(z|x) = N(mu, sigma^2); logvar, the logarithm of
+    They describe q(z|x) = N(mu, sigma^2); logvar, the logarithm of
     sigma^2, may be any number. In a plain autoencoder it is None.
     Shapes are for 32 pixels and 32 feature maps.
     """
@@ -288,7 +288,8 @@ class GreyDecoder(nn.Module):
 def make_networks(model_type, latent_dim, feature_maps, image_channels, image_size, device):
     """(encoder, decoder) for colour or for grey images.
 
-    They start from torch's own weights, as in the courses.
+    They start from torch's default random weights, as in the
+    courses.
     """
     if image_channels == 3:
         encoder = ColourEncoder(model_type, latent_dim, feature_maps, image_size)
@@ -345,10 +346,10 @@ def reconstruction_loss(output, x):
     mean over the 3072 numbers of a colour image beta would act as
     if it were 3072 times as large.
 
-    Another loss goes into the two returns below. For grey,
-    take the output's sigmoid first, unless the loss expects
-    logits. Then give another --output_dir, since changed
-    code is not noticed.
+    Another loss goes into the two returns below. For grey, take
+    the output's sigmoid first, unless the loss expects logits.
+    Beta then weighs against that loss. Give another --output_dir,
+    since changed code is not noticed.
     """
     if x.shape[1] == 1:
         return F.binary_cross_entropy_with_logits(output, x, reduction="sum") / len(x)
@@ -378,10 +379,10 @@ class Trainer:
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
     - run.train_step calls `step` and keeps its scalars. run.step
-      is the number of the last step, from 0 in each epoch.
-    - run.end_epoch adds a row to the history: the means of these
-      scalars over the epoch's images, and what it is given. It
-      returns all rows.
+      is the number of the step just done, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the epoch, the
+      data, the means of these scalars over the epoch's images,
+      and what it is given. It returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
@@ -392,11 +393,12 @@ class Trainer:
     longer finite ends the run.
 
     Under torchrun each process has a batch, noise and, where
-    there are GPUs, a GPU of its own. The learning rates stay as
-    they are. All begin with equal networks, which stay equal:
+    there are GPUs, a GPU of its own. They share the images of an
+    epoch, which has fewer steps then; the learning rate is not
+    changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes. The history
-    has means over all of them. Only the first one writes and
-    prints.
+    has means over all of them. What they draw or print is written
+    by the first one only. A run goes on with as many as it had.
 
     train, test: two common.Images, all of which lie on the
     device: train.pixels (M, C, H, W) are all images as uint8, and
@@ -438,8 +440,8 @@ class Trainer:
         self.encoder, self.decoder = networks
         self.ema_encoder, self.ema_decoder = copy.deepcopy(networks)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # Tensors, not numbers (see `step`): `fit` may change them
-        # with fill_. The optimiser holds lr in continued runs, too.
+        # Tensors, not numbers (see `step`): `fit` may change them with
+        # fill_. After a checkpoint was read, Adam still uses this lr.
         self.lr = torch.tensor(lr, device=device)
         self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
@@ -457,7 +459,9 @@ class Trainer:
         beta 1 a VAE's loss is its negative, in colour up to a
         constant; the expectation is estimated with one z. z is
         sampled for test images too, so that train and test
-        losses can be compared. For a column that needs mu or
+        losses can be compared; only, those of training are means
+        over the epoch, of networks without the average. For a
+        column that needs mu or
         logvar return one more scalar, in both returns; `step`
         and `evaluate` unpack it.
         """
@@ -492,8 +496,9 @@ class Trainer:
         training.all_reduce_gradients(self.optimizer)
         # As at CMU, the gradient of all weights together is scaled
         # down to norm 1. The loss is a sum over pixels, and so the
-        # norm is 400 to 500 before. Adam's steps do not become
-        # smaller, but every batch counts alike in its averages.
+        # norm is 400 to 500 before. Adam divides by the size of the
+        # gradients, so its steps do not become smaller, but every
+        # batch counts alike in its averages.
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
@@ -561,14 +566,14 @@ class Trainer:
         for epoch in run.epochs(self.train, state, self.num_epochs):
             # A decay of the learning rate goes here. Compute it from
             # epoch (1, 2, ...), since a continued epoch runs this again:
-            #     self.lr.fill_(run.settings["lr"] * 0.9 ** (epoch - 1))
+            # self.lr.fill_(run.settings["lr"] * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)
             self.beta.fill_(beta)
             for images, _ in run.batches():  # (N, C, H, W) on the device; labels
                 run.train_step(self.step, images)
                 # a picture every 100 steps goes here:
-                #     if run.step % 100 == 0:
-                #         self.draw(f"{epoch}_step_{run.step}")
+                # if run.step % 100 == 0:
+                #     self.draw(f"{epoch}_step_{run.step}")
             # another column, measured once an epoch, goes into this dict
             history = run.end_epoch({**self.evaluate(), "beta": beta})
             if run.pictures_due:
@@ -682,9 +687,10 @@ def load_model(weights_path):
     """(encoder, decoder) of a weights_epoch_{E}.pt.
     Raises common.BadInput for any other file.
 
-    To sample: decoder.sample(torch.randn(16, 1024)) gives
-    (16, 3, 32, 32), with as many columns of z as the model has
-    latents. To encode: mu, logvar = encoder(images), of colour in
+    encoder, decoder = main_ae.load_model(path). To sample:
+    decoder.sample(torch.randn(16, 1024)) gives (16, 3, 32, 32),
+    with as many columns of z as the model has latents, and
+    common.save_grid draws it. To encode: mu, logvar = encoder(images), of colour in
     [-1, 1], of grey in [0, 1].
     """
     weights = common.load_weights(weights_path, __file__, "decoder")
@@ -702,12 +708,12 @@ def main(
     returns the Trainer, or {setting: Trainer} of an experiment.
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
-    your own, here or in the dict above. It gives (image, label):
-    a Pillow image or a tensor (C, H, W), uint8 or floats in
-    [0, 1], of any size, and an int from 0. Every image is
-    squeezed to the network's size and brought to its channels. A
-    tenth of them is held out for testing. `dataset.classes`, if
-    there is such a list, names the labels.
+    your own with a length, here or in the dict above. It gives
+    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
+    floats in [0, 1], of any size, and an int from 0. Every image
+    is resized, not cropped, brought to the network's channels and
+    kept as uint8. A tenth of the images is held out for testing.
+    `dataset.classes`, if there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs, **experiment_kwargs})
     if experiment_kwargs["experiment"] != "none":

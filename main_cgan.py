@@ -10,7 +10,7 @@ paper:  Mirza and Osindero 2014, Conditional Generative
         with DCGANs, https://arxiv.org/abs/1511.06434
         (the layers)
 run:    python main_cgan.py --num_epochs 20         (all keys of the dicts are options)
-        torchrun --nproc_per_node=2 main_cgan.py    (two processes, each with its own batch)
+        torchrun --nproc_per_node=2 main_cgan.py    (two processes, a batch each)
 writes: mnist_CGAN/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
@@ -55,7 +55,7 @@ dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 32,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
+    "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 0,  # 16 | 28 | 32 | 64; 0: the data's own (MNIST 28), else 32
     "horizontal_flip": False,  # mirror half of the training images: not for digits
@@ -75,7 +75,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "resume": True,  # go on from checkpoint.pt; false moves the old run away
     "sample_every": 1,  # epochs between pictures and weights; first and last have them
 }
 
@@ -241,7 +241,7 @@ def discriminator_loss(real_logits, fake_logits):
     the negative of eq. (1) of Goodfellow et al. 2014.
 
     It is -log D(x) - log(1 - D(G(z))), with D the sigmoid of
-    the logit. Both halves are means over the batch. At D = 1/2
+    the logit. Both terms are means over the batch. At D = 1/2
     everywhere the sum is 2 log 2 = 1.386. torch computes it
     from the logit, since the log of a sigmoid that has rounded
     to 0 is infinite.
@@ -308,7 +308,7 @@ def make_adam(network, lr):
     """Adam with beta1 0.5, as in DCGAN's
     paper, where 0.9 made training oscillate.
 
-    `fused` updates all tensors of a network in one call.
+    `fused` updates all tensors of a network at once.
     """
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.5, 0.999), fused=True)
 
@@ -325,10 +325,10 @@ class Trainer:
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
     - run.train_step calls `step` and keeps its scalars. run.step
-      is the number of the last step, from 0 in each epoch.
-    - run.end_epoch adds a row to the history: the means of these
-      scalars over the epoch's images, and what it is given. It
-      returns all rows.
+      is the number of the step just done, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the epoch, the
+      data, the means of these scalars over the epoch's images,
+      and what it is given. It returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
@@ -339,12 +339,14 @@ class Trainer:
     longer finite ends the run.
 
     Under torchrun each process has a batch, noise and, where
-    there are GPUs, a GPU of its own. The learning rates stay as
-    they are. All begin with equal networks, which stay equal:
+    there are GPUs, a GPU of its own. They share the images of an
+    epoch, which has fewer steps then; the learning rates are not
+    changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes, and
     training.Run averages batch norm's running statistics. The
-    history has means over all of them. Only the first one writes
-    and prints.
+    history has means over all of them. What they draw or print is
+    written by the first one only. A run goes on with as many as
+    it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -377,8 +379,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # Tensors, not numbers (see `step`): `fit` may change them
-        # with fill_. The optimisers hold them in continued runs, too.
+        # Tensors, not numbers (see `step`): `fit` may change them with
+        # fill_. After a checkpoint was read, Adam still uses these.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -524,14 +526,14 @@ class Trainer:
         for epoch in run.epochs(self.train, state, self.num_epochs):
             # A decay of the learning rate goes here. Compute it from
             # epoch (1, 2, ...), since a continued epoch runs this again:
-            #     first = run.settings["generator_lr"]
-            #     self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
+            # first = run.settings["generator_lr"]
+            # self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
             for images, labels in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images, labels)
                 # a picture every 100 steps goes here:
-                #     if run.step % 100 == 0:
-                #         self.draw(f"{epoch}_step_{run.step}")
+                # if run.step % 100 == 0:
+                #     self.draw(f"{epoch}_step_{run.step}")
             # another column, measured once an epoch, goes into this dict
             measured = self.diversity()
             if self.scorer and epoch % self.score_every == 0:
@@ -651,12 +653,13 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
-    your own, here or in the dict above. It gives (image, label):
-    a Pillow image or a tensor (C, H, W), uint8 or floats in
-    [0, 1], of any size, and an int from 0. Every image is
-    squeezed to the network's size and brought to its channels. A
-    tenth of them is held out, which this script has no use for.
-    `dataset.classes`, if there is such a list, names the labels.
+    your own with a length, here or in the dict above. It gives
+    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
+    floats in [0, 1], of any size, and an int from 0. Every image
+    is resized, not cropped, brought to the network's channels and
+    kept as uint8. A tenth of the images is held out, which this
+    script has no use for. `dataset.classes`, if there is such a
+    list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

@@ -5,7 +5,7 @@ paper:  Goodfellow et al. 2014, Generative Adversarial
         Nets, https://arxiv.org/abs/1406.2661
 run:    python main_gan.py --num_epochs 20          (all keys of the dicts are options)
         python main_gan.py --resume false           (start over)
-        torchrun --nproc_per_node=2 main_gan.py     (two processes, each with its own batch)
+        torchrun --nproc_per_node=2 main_gan.py     (two processes, a batch each)
 writes: mnist_GAN/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
@@ -13,14 +13,16 @@ writes: mnist_GAN/. After every epoch: history.csv, run.html
         generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: LeakyReLU and no dropout in D (there:
-        maxout, dropout) and Adam (there: momentum), as most GANs
-        have it since; smoothed labels and He weights in G, whose
-        reasons stand beside them
+        maxout, dropout) and Adam (there: momentum), as in most GANs
+        since; smoothed labels and He weights in G, for reasons
+        that stand beside them
 expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.62,
         D(G(z)) 0.38, diversity 0.97 (see `fit`), losses 1.18
-        and 1.22; 3.4 min on one core of an AMD EPYC. D(x) and
-        D(G(z)) are the probabilities of being real that D gives
-        to real and to generated images: at 1 and 0 D has won
+        and 1.22 (of D, of G); 3.4 min on one core of an AMD
+        EPYC. D(x) and D(G(z)) are the probabilities of being
+        real that D gives to real and to generated images. Both
+        are 0.5, and D's loss is 1.386, where D cannot tell them
+        apart; at 0.9 and 0.1, its targets, D has won
 """
 
 import math
@@ -46,7 +48,7 @@ dataset_kwargs = {
     "dataset_type": "mnist",  # mnist | fashion_mnist | cifar10 | cub | sprites | folder | digits
     "batch_size": 16,  # images a step, in each process
     "shuffle": True,  # a new order every epoch
-    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
+    "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
 }
 trainer_kwargs = {
@@ -62,7 +64,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 1,  # CPU threads; a second gains little here; 0: all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "resume": True,  # go on from checkpoint.pt; false moves the old run away
     "sample_every": 50,  # epochs between pictures and weights; first and last have them
 }
 
@@ -110,12 +112,13 @@ class Generator(nn.Module):
         )
         for layer in self.model:
             if isinstance(layer, nn.Linear):
-                # He et al. 2015. With torch's own weights, 2.4
-                # times smaller, D soon told real from
-                # generated images for sure, on MNIST, and the
-                # samples became alike: a diversity (see `fit`)
-                # of 0.00001 at epoch 13. With He's it was 0.92
-                # at epoch 4. D keeps torch's.
+                # He et al. 2015. With torch's default weights,
+                # of a 2.4 times smaller deviation, D soon told
+                # real from generated images for sure, on
+                # MNIST, and the samples became nearly equal: a
+                # diversity (see `fit`) of 0.00001 at epoch 13.
+                # With He's it was 0.92 at epoch 4. D keeps
+                # torch's.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -146,7 +149,7 @@ class Discriminator(nn.Module):
 # For another loss, change these two functions, and give another
 # --output_dir. Where D's sigmoid is no longer a probability, D(x)
 # and D(G(z)) in `step` and the titles in `draw_curves` lose their
-# meaning, and perhaps both labels, too.
+# meaning. Both labels may need other values, too.
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
@@ -158,7 +161,7 @@ def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
     and z ~ N(0, I).
 
     For a target t the loss is -t log D - (1 - t) log(1 - D),
-    with D the sigmoid of the logit. Both halves are means over
+    with D the sigmoid of the logit. Both terms are means over
     the batch. At D = 1/2 everywhere the sum is 2 log 2 = 1.386,
     whatever the targets. With 0.9 and 0.1 it cannot fall below
     0.650, where D answers 0.9 and 0.1. torch computes it from
@@ -214,10 +217,10 @@ class Trainer:
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
     - run.train_step calls `step` and keeps its scalars. run.step
-      is the number of the last step, from 0 in each epoch.
-    - run.end_epoch adds a row to the history: the means of these
-      scalars over the epoch's images, and what it is given. It
-      returns all rows.
+      is the number of the step just done, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the epoch, the
+      data, the means of these scalars over the epoch's images,
+      and what it is given. It returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
@@ -228,11 +231,12 @@ class Trainer:
     longer finite ends the run.
 
     Under torchrun each process has a batch, noise and, where
-    there are GPUs, a GPU of its own. The learning rates stay as
-    they are. All begin with equal networks, which stay equal:
+    there are GPUs, a GPU of its own. They share the images of an
+    epoch, which has fewer steps then; the learning rates are not
+    changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes. The history
-    has means over all of them. Only the first one writes and
-    prints.
+    has means over all of them. What they draw or print is written
+    by the first one only. A run goes on with as many as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, 1, H, W) are all its images as uint8, and
@@ -265,15 +269,16 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, not numbers (see `step`): `fit` may change them
-        # with fill_. The optimisers hold them in continued runs, too.
+        # Tensors, not numbers (see `step`): `fit` may change them with
+        # fill_. After a checkpoint was read, Adam still uses these.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # The same in every epoch, so that epochs can be
-        # compared: 16 for the pictures, all 500 for the
-        # diversity, which is measured against real images.
+        # The same in every epoch, and, by the seed, in a continued
+        # run: 16 for the pictures, all 500 for the diversity,
+        # which is measured against as many real images, in which
+        # load_data leaves nothing sorted.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
         self.real_distance = mean_distance(real_images)
@@ -295,9 +300,9 @@ class Trainer:
         z = torch.randn(len(real), self.latent_variable_size, device=real.device)
         fake = self.generator(z)  # (N, image_size)
 
-        # Both kinds of images pass D together, since
-        # it has no batch norm that would mix them.
-        # With detach, d_loss sends no gradient to G.
+        # Real and generated images pass D in one batch, since it
+        # has no batch norm that would mix them. With detach,
+        # d_loss sends no gradient to G.
         logits = self.discriminator(torch.cat([real, fake.detach()]))  # (2N,)
         real_logits, fake_logits = logits.chunk(2)  # (N,) each
         d_loss = discriminator_loss(real_logits, fake_logits, self.real_label, self.fake_label)
@@ -350,14 +355,14 @@ class Trainer:
         for epoch in run.epochs(self.train, state, self.num_epochs):
             # A decay of the learning rate goes here. Compute it from
             # epoch (1, 2, ...), since a continued epoch runs this again:
-            #     first = run.settings["generator_lr"]
-            #     self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
+            # first = run.settings["generator_lr"]
+            # self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
                 # a picture every 100 steps goes here:
-                #     if run.step % 100 == 0:
-                #         self.draw(f"{epoch}_step_{run.step}")
+                # if run.step % 100 == 0:
+                #     self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)
             # 1: as varied as the data; towards 0: all alike (collapse); above 1: noise
             diversity = mean_distance(samples) / self.real_distance
@@ -390,9 +395,10 @@ def load_generator(weights_path):
     """The generator of a weights_epoch_{E}.pt.
     Raises common.BadInput for any other file.
 
-    To sample: load_generator(path)(torch.randn(16, 64))
-    gives (16, 784) in [-1, 1], each 28 x 28;
-    common.save_grid draws them as (16, 1, 28, 28).
+    To sample, with 64 latents and 28 x 28 pixels:
+        generator = main_gan.load_generator(path).requires_grad_(False)
+        images = generator(torch.randn(16, 64)).unflatten(1, (1, 28, 28))
+        common.save_grid(images, "samples.png", columns=4)
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     kwargs = weights["model_kwargs"]
@@ -407,12 +413,13 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
-    your own, here or in the dict above. It gives (image, label):
-    a Pillow image or a tensor (C, H, W), uint8 or floats in
-    [0, 1], of any size, and an int from 0. Every image is
-    squeezed to the network's size and brought to its channels. A
-    tenth of them is held out, which this script has no use for.
-    `dataset.classes`, if there is such a list, names the labels.
+    your own with a length, here or in the dict above. It gives
+    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
+    floats in [0, 1], of any size, and an int from 0. Every image
+    is resized, not cropped, brought to the network's channels and
+    kept as uint8. A tenth of the images is held out, which this
+    script has no use for. `dataset.classes`, if there is such a
+    list, names the labels.
     """
     check_settings({**model_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)

@@ -7,7 +7,7 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational
         https://arxiv.org/abs/1509.00519
         (the bound that is measured at the end)
 run:    python main_vae.py                  (all keys of the dicts are options)
-        torchrun --nproc_per_node=2 main_vae.py   (two processes, each with its own batch)
+        torchrun --nproc_per_node=2 main_vae.py   (two processes, a batch each)
 writes: mnist_VAE/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
@@ -47,7 +47,7 @@ dataset_kwargs = {
     "batch_size": 128,  # images a step, in each process; small ones are slow
     "shuffle": True,  # a new order every epoch
     "normalize": False,  # must stay so: the likelihood needs pixels in [0, 1]
-    "data_dir": "data",  # the data's folder, for downloads too; for folder, your images
+    "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "exclude_class": -1,  # a label to leave out (detect_vae_anomalies.py); -1: none
 }
@@ -64,7 +64,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves it away and starts over
+    "resume": True,  # go on from checkpoint.pt; false moves the old run away
     "sample_every": 10,  # epochs between pictures and weights; first and last have them
 }
 
@@ -235,10 +235,10 @@ class Trainer:
       depends on seed and epoch alone. The last one may be
       smaller, and is then never a recorded step (see `step`).
     - run.train_step calls `step` and keeps its scalars. run.step
-      is the number of the last step, from 0 in each epoch.
-    - run.end_epoch adds a row to the history: the means of these
-      scalars over the epoch's images, and what it is given. It
-      returns all rows.
+      is the number of the step just done, from 0 in each epoch.
+    - run.end_epoch adds a row to the history: the epoch, the
+      data, the means of these scalars over the epoch's images,
+      and what it is given. It returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
@@ -249,11 +249,12 @@ class Trainer:
     longer finite ends the run.
 
     Under torchrun each process has a batch, noise and, where
-    there are GPUs, a GPU of its own. The learning rates stay as
-    they are. All begin with equal networks, which stay equal:
+    there are GPUs, a GPU of its own. They share the images of an
+    epoch, which has fewer steps then; the learning rate is not
+    changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes. The history
-    has means over all of them. Only the first one writes and
-    prints.
+    has means over all of them. What they draw or print is written
+    by the first one only. A run goes on with as many as it had.
 
     train, test: two common.Images, which lie on the device as
     a whole: train.pixels (M, 1, H, W) are all images as uint8,
@@ -420,8 +421,8 @@ class Trainer:
             for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
                 # a picture every 100 steps goes here:
-                #     if run.step % 100 == 0:
-                #         self.draw(f"{epoch}_step_{run.step}")
+                # if run.step % 100 == 0:
+                #     self.draw(f"{epoch}_step_{run.step}")
             # another column, measured once an epoch, goes into this dict
             measured = self.evaluate()
             if epoch == self.num_epochs and self.iwae_samples:
@@ -492,12 +493,12 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     """Train with the given settings; returns the Trainer.
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
-    your own, here or in the dict above. It gives (image, label):
-    a Pillow image or a tensor (C, H, W), uint8 or floats in
-    [0, 1], of any size, and an int from 0. Every image is
-    squeezed to the network's size and brought to its channels. A
-    tenth of them is held out for testing. `dataset.classes`, if
-    there is such a list, names the labels.
+    your own with a length, here or in the dict above. It gives
+    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
+    floats in [0, 1], of any size, and an int from 0. Every image
+    is resized, not cropped, brought to the network's channels and
+    kept as uint8. A tenth of the images is held out for testing.
+    `dataset.classes`, if there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
