@@ -17,7 +17,7 @@ course: CMU 16-824, Visual Learning and Recognition,
         spring 2022, assignment 3
 run:    python gan_cub.py                       (all keys of the dicts are options)
         python gan_cub.py --experiment losses   (all four in turn, compared)
-        python gan_cub.py --experiment r3gan    (what each half of its loss does)
+        python gan_cub.py --experiment r3gan    (its pairs and its penalties, alone and together)
         torchrun --nproc_per_node=2 gan_cub.py  (two processes, a batch each)
         python fid.py --generated cub_GAN/weights_best.pt --num_images 50000
 writes: cub_GAN/. After every period of sample_every iterations:
@@ -35,18 +35,21 @@ differs from the papers: D sums its last map over all positions,
         all losses, r3gan too, use the same two networks, so that
         they can be compared; pictures and weights are of an
         averaged G, which is steadier
-expect: the default run is for a GPU, and was not made here. Much
-        smaller ones are, on a folder of 5,430 birds of CUB-200
-        of 2010, with --feature_maps 32 --batch_size 32
-        --lr 0.0008 --num_iterations 4500 --sample_every 500
-        --score_features classifier --score_images 2000, seed 0,
-        bfloat16. They end at these classifier distances, less is
-        better: gan 908, lsgan 742, wgan-gp 268, r3gan 397; half
-        an hour for the four on one core of an AMD EPYC. r3gan
-        with lr 0.0004 has 337 then, and 236 after 16,000
-        iterations, 41 min; no other was run as long. From first
-        to last period the discriminator loss of wgan-gp goes
-        from -3.9 to -2.2, and its penalty from 0.08 to 0.016.
+expect: the default run needs a GPU, and was not tried. Much
+        smaller runs, on 5,430 birds of CUB-200 of 2010, are
+        python gan_cub.py --experiment losses
+            --dataset_type folder --data_dir FOLDER
+            --feature_maps 32 --batch_size 32 --lr 0.0008
+            --num_iterations 4500 --sample_every 500
+            --score_features classifier --score_images 2000
+        with seed 0 in bfloat16. They end at these classifier
+        distances, lower is better: gan 908, lsgan 742, wgan-gp
+        268, r3gan 397; half an hour for the four on one core of
+        an AMD EPYC. r3gan with lr 0.0004 reaches 337 then, and
+        236 after 16,000 iterations, 41 min; the others were not
+        run as long. From the first period to the last wgan-gp's
+        discriminator loss rises from -3.9 to -2.2, and its
+        penalty falls from 0.08 to 0.016.
 """
 
 import dataclasses
@@ -73,8 +76,8 @@ dataset_kwargs = {
     "batch_size": 256,  # images an iteration, in each process
     "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
-    "image_size": 32,  # 16 | 32 | 64 pixels a side; of cub the whole photograph
-    "jpeg_quality": 0,  # of cub: 75 compresses as the course's are; 0: does not
+    "image_size": 32,  # 16 | 32 | 64 pixels a side; cub is squeezed, not cropped
+    "jpeg_quality": 0,  # of cub only: 75 compresses as the course did; 0: not at all
     "horizontal_flip": False,  # mirror half of the training images: not for digits
 }
 trainer_kwargs = {
@@ -85,8 +88,8 @@ trainer_kwargs = {
     "penalty_weight": -1.0,  # of the penalty on D's slope; 0: none; -1: the loss's own
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "score_features": "auto",  # inception (the FID) | classifier | auto: as there is a file
-    "score_images": 10000,  # generated images for a score; 0: no scores
+    "score_features": "auto",  # inception (the FID) | classifier | auto: see make_scorer
+    "score_images": 10000,  # images that are generated for a score; 0: no scores
     "output_dir": "cub_GAN",  # everything is written there
 }
 run_kwargs = {
@@ -112,7 +115,8 @@ LOSS_DEFAULTS = {
 }
 # The settings of each experiment, keys of trainer_kwargs, by the
 # names of their folders; everything else is as in the dicts or on
-# the command line.
+# the command line. All have the same iterations and lr; so r3gan,
+# with one step of D for one of G, has five times the steps of G.
 EXPERIMENTS = {
     "losses": {
         "gan": {"loss": "gan"},
@@ -369,8 +373,8 @@ def wgan_discriminator_loss(real_logits, fake_logits):
     Gulrajani et al., eq. (3), to which the penalty is added.
 
     Only the difference counts, so the level of the logits may
-    drift. The loss is negative, and comes nearer to 0 as G
-    improves.
+    drift. The loss is usually negative, and comes nearer to 0 as
+    G improves.
     """
     return fake_logits.mean() - real_logits.mean()
 
@@ -383,8 +387,8 @@ def wgan_generator_loss(fake_logits):
 def r3gan_discriminator_loss(real_logits, fake_logits):
     """softplus(D(G(z)) - D(x)), D the logit; Huang et al., eq. (2).
 
-    D need not say how real an image is, only which one of a
-    pair is: the i-th real and the i-th generated image.
+    D need not say how real an image is, only which image of a
+    pair is the real one: of the i-th real and the i-th generated.
     softplus(t) = log(1 + e^t), mean over the pairs:
     log 2 = 0.693 where D cannot tell.
     """
@@ -423,8 +427,8 @@ def gradient_penalty(critic, real, fake, epsilon):
     holds the slope of the critic, as a WGAN's D is called, near
     1: without a bound on it the critic could lower its loss for
     ever. It is taken between real and generated images, because
-    there an optimal critic has slope 1, on the way from the ones
-    to the others. real, fake (N, C, H, W); epsilon (N, 1, 1, 1)
+    an optimal critic has slope 1 on the straight lines that join
+    such pairs. real, fake (N, C, H, W); epsilon (N, 1, 1, 1)
     in [0, 1).
     """
     mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
@@ -438,17 +442,17 @@ def gradient_penalty(critic, real, fake, epsilon):
 
 
 def zero_centred_penalty(images, logits):
-    """|gradient of D|^2, mean over real and
+    """|gradient of D|^2, D the logit, mean over real and
     generated images together: (R1 + R2) / gamma.
 
     Mescheder et al., eqs. (9) and (10): R1 is gamma / 2 times the
     mean of |gradient|^2 over the N real images, R2 the same over
     the N generated ones. So R1 + R2 is gamma, our penalty_weight,
     times the mean over all 2N, which is returned. Unlike that of
-    wgan-gp, this penalty draws the slope to 0: a constant D has
-    the least loss once G is perfect, and training can come to
-    rest. images (2N, C, H, W), halves of one size, which require
-    a gradient; logits (2N,) are D's of them.
+    wgan-gp, this penalty draws the slope to 0: once G is perfect
+    a constant D is best, and training can come to rest. images
+    (2N, C, H, W), halves of one size, which require a gradient;
+    logits (2N,) are D's of them.
     """
     # As above, an image's gradient is that of its own logit.
     total = logits.sum()
@@ -469,7 +473,7 @@ def make_networks(latent_dim, feature_maps, image_shape, device):
     for images of shape (C, H, W), on the device.
 
     They start from torch's default random weights, as in the
-    course: uniform, and smaller than 1 / sqrt(inputs of a unit).
+    course: uniform within 1 / sqrt(inputs of a unit) of 0.
     """
     image_channels, image_size, _ = image_shape
     generator = Generator(latent_dim, feature_maps, image_channels, image_size)
@@ -512,13 +516,14 @@ def make_scorer(train, score_features, score_images):
     With Inception as this network it is the FID; with a small
     classifier that is trained on `train` it is the "classifier
     distance", which compares only with others by the same
-    classifier. See fid.py.
+    classifier. auto takes Inception, if its weights are in
+    data_dir or can be downloaded. See fid.py.
     """
     if score_images == 0:
         return None
     try:
         return fid.Scorer(train, features=score_features, num_images=score_images)
-    except ValueError as error:  # no Inception file, and one class trains no classifier
+    except ValueError as error:  # no Inception file, and a classifier needs two classes
         if score_features != "auto":
             raise
         print(f"WARNING: NO SCORES. {error}.", file=sys.stderr, flush=True)
@@ -547,9 +552,10 @@ class Trainer:
       random numbers from checkpoint.pt, if there is one, and
       goes on from there. After each turn of the loop it writes
       checkpoint.pt, history.csv and run.html.
-    - run.batches gives the batches of a period. The images come
-      in an order that depends on the seed alone, a new one at
-      each pass.
+    - run.batches gives the batches of a period, each of d_steps
+      times batch_size images. These come in an order that depends
+      on the seed alone, a new one in each pass; a batch may reach
+      from one pass into the next.
     - run.train_step calls `step` and keeps its scalars. run.step
       is the number of the call just done, from 0 in each period.
     - run.end_epoch adds a row to the history: the iteration, the
@@ -637,9 +643,9 @@ class Trainer:
 
         For another column in history.csv add a tensor of shape ()
         to the dict that is returned here or by
-        discriminator_step; one of generator_step is returned
-        beside its loss. For a curve add it to `panels` in
-        draw_curves.
+        discriminator_step. Something of generator_step is
+        returned beside its loss, and unpacked here. For a curve
+        add it to `panels` in draw_curves.
         """
         rows = []
         parts = real.chunk(self.d_steps)  # (N, C, H, W) each
@@ -649,9 +655,9 @@ class Trainer:
             g_loss = self.generator_step(parts[-1])
         self.update_ema()
 
-        # The rate falls linearly to 0. Another decay replaces the
-        # factor, and is computed from the tensor `done` too, such
-        # as 0.98 ** (done // self.sample_every).
+        # The rate falls linearly to 0. For another decay replace
+        # the factor in brackets by another of the tensor `done`,
+        # such as 0.98 ** (done // self.sample_every).
         done = steps_taken(self.discriminator_optimizer)  # iterations
         self.lr.copy_(self.first_lr * (1 - done / self.num_iterations))
 
@@ -739,7 +745,7 @@ class Trainer:
             return self.ema_generator(z)
 
     def generate(self, index):
-        """len(index) new images for the scorer, which numbers them."""
+        """len(index) new images for the scorer; only their number matters."""
         return self.sample(torch.randn(len(index), self.latent_dim).to(self.train.device))
 
     def fit(self):
@@ -749,8 +755,8 @@ class Trainer:
         data_dir and the run_kwargs other than seed and
         sample_every may change. Changed code is not noticed: then
         give another --output_dir, or --resume false. More
-        iterations than were planned need a new run, too, since
-        the learning rate falls to 0 over num_iterations.
+        iterations than were planned need a new run, too, since by
+        them the learning rate falls to 0.
 
         One pass over the images follows another without
         end, and a period begins where the last one ended.
@@ -789,7 +795,7 @@ class Trainer:
         some = torch.arange(min(100, len(self.train)), device=self.train.device)
         real_distance = mean_distance(self.train.batch(some)[0])
         # 1: as varied as the data; towards 0: all alike
-        # (mode collapse); above 1: noise. For another column,
+        # (mode collapse); above 1: often noise. For another column,
         # measured once a period, add it to this dict.
         measured = {"diversity": mean_distance(self.sample(self.fixed_z)) / real_distance}
         if self.scorer:
@@ -838,8 +844,10 @@ def load_generator(weights_path):
     """The generator of a weights_iteration_{I}.pt or weights_best.pt.
     Raises common.BadInput.
 
-    To sample: load_generator(path)(torch.randn(16, 128))
-    gives (16, 3, 32, 32) in [-1, 1].
+    To sample, with 128 latents:
+        generator = gan_cub.load_generator(path).requires_grad_(False)
+        images = generator(torch.randn(16, 128))  # (16, 3, 32, 32)
+        common.save_grid(images, "samples.png", columns=4)
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     image_channels, image_size, _ = weights["data"]["shape"]

@@ -633,7 +633,10 @@ def load_generator(weights_path):
     """The generator of a weights_epoch_{E}.pt.
     Raises common.BadInput for any other file.
 
-    To sample: load_generator(path).sample([2, 0, 2, 6]) gives (4, C, H, W).
+    To sample the digits 2, 0, 2 and 6:
+        generator = main_cgan.load_generator(path).requires_grad_(False)
+        images = generator.sample([2, 0, 2, 6])  # (4, C, H, W)
+        common.save_grid(images, "samples.png", columns=4)
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     kwargs, data = weights["model_kwargs"], weights["data"]

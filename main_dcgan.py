@@ -474,8 +474,10 @@ def load_generator(weights_path):
     """The generator of a weights_epoch_{E}.pt.
     Raises common.BadInput for any other file.
 
-    To sample: load_generator(path)(torch.randn(16, 100))
-    gives (16, C, H, W) in [-1, 1]; common.save_grid draws them.
+    To sample, with 100 latents:
+        generator = main_dcgan.load_generator(path).requires_grad_(False)
+        images = generator(torch.randn(16, 100))  # (16, C, H, W)
+        common.save_grid(images, "samples.png", columns=4)
     """
     weights = common.load_weights(weights_path, __file__, "generator")
     side = weights["data"]["shape"][1]
