@@ -796,8 +796,10 @@ def draw_comparison(trainers, num_epochs, experiment, path):
             row[f"{setting}: reconstruction"] = measured["test reconstruction"]
             row[f"{setting}: KL"] = measured["test KL"]
         history.append(row)
-    panels = {"test reconstruction": [f"{setting}: reconstruction" for setting in trainers]}
     vaes = [setting for setting, trainer in trainers.items() if trainer.model_type == "vae"]
+    others = [setting for setting in trainers if setting not in vaes]
+    # VAEs first, so that each has one colour in both panels
+    panels = {"test reconstruction": [f"{setting}: reconstruction" for setting in vaes + others]}
     if vaes:
         panels["test KL"] = [f"{setting}: KL" for setting in vaes]
     data = next(iter(trainers.values())).train.name
