@@ -135,11 +135,14 @@ def run_script(main, *dicts):
     except (BrokenOff, OSError) as error:
         warn(f"{script.name}: {error}")
         sys.exit(1)
-    except RuntimeError as error:  # torch has no exception of its own for a CPU's memory
-        full = isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
-        if not full:
+    except (RuntimeError, MemoryError) as error:
+        full = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        # torch has no exception of its own for a CPU's memory
+        if not full and "DefaultCPUAllocator" not in str(error):
             raise
-        warn(f"{script.name}: out of memory; give a smaller --batch_size")
+        has_batches = any("batch_size" in kwargs for kwargs in dicts)
+        advice = "; give a smaller --batch_size" if has_batches else ""
+        warn(f"{script.name}: out of memory{advice}")
         sys.exit(1)
     except KeyboardInterrupt as error:
         warn(f"{script.name}: {str(error) or 'interrupted'}")
@@ -147,7 +150,10 @@ def run_script(main, *dicts):
 
 
 def choose_device(device):
-    """A torch.device; `auto` takes cuda, else mps, else cpu. Raises BadInput if there is none."""
+    """A torch.device; `auto` takes cuda, else mps, else cpu.
+
+    Raises BadInput for one that cannot be used, and for fewer GPUs than processes.
+    """
     if isinstance(device, torch.device):
         return device
     if device == "auto":
@@ -159,7 +165,8 @@ def choose_device(device):
             device = "cpu"
     if device == "cuda" and PROCESSES > 1:  # each process has a GPU of its own
         wanted, there = os.environ.get("LOCAL_WORLD_SIZE", "1"), torch.cuda.device_count()
-        require(int(wanted) <= there, f"{wanted} processes need a GPU each, and there are {there}")
+        few = f"{wanted} processes need {wanted} GPUs, not {there}; or give --device cpu"
+        require(int(wanted) <= there, few)
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         torch.zeros(1, device=device)
@@ -272,7 +279,7 @@ def load_weights(path, script, part):
     written_by = contents["script"]
     if script and written_by != script:
         raise BadInput(f"{path} was written by {written_by}.py, not by {script}.py")
-    of_a_cache = written_by in ("common", "fid")  # and of no model with data of its own
+    of_a_cache = written_by in ("common", "fid")  # such a file holds no model
     if "dataset_kwargs" not in contents and not of_a_cache:
         raise BadInput(
             f"{path} was written by an older version of this collection, which did not record "
@@ -366,7 +373,7 @@ class Images:
         return images, self.labels.index_select(0, index)
 
     def epoch_batches(self, seed, epoch, steps=None):
-        """The indices of this process's batches in an epoch (from 1); chance is by the seed alone.
+        """The indices of this process's batches in an epoch (from 1), in an order by the seed.
 
         An epoch is a pass over the data, or, with `steps`, that many full batches, cut from
         an endless row of passes. Of 100 images and 4 steps of 30 it has the first pass and
@@ -388,7 +395,7 @@ class Images:
         """Indices of all images in the order of pass `number` (from 0)."""
         if not self.shuffle:
             return torch.arange(len(self))
-        # a prime, so that no two small seeds have a pass in common
+        # so far apart that no two seeds have a pass in common
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number + 1)
         return torch.randperm(len(self), generator=generator)
 
@@ -474,8 +481,8 @@ def load_data(
     """Load a data set as (train, test), two `Images` on the device. Raises BadInput.
 
     See `read_data_set` for what can be read, and `Images` for the last four keys.
-    allow_fallback: whether the bundled digits may stand in. jpeg_quality: of cub, which is
-    compressed so; 0 is not at all. exclude_class: a label that is left out; -1 keeps all.
+    allow_fallback: whether the bundled digits may stand in. jpeg_quality: that cub is
+    compressed with; 0: it is not. exclude_class: a label that is left out; -1 keeps all.
     """
     require(batch_size >= 1, "batch_size must be at least 1")
     require(exclude_class >= -1, "exclude_class must be a label, or -1 to keep all")
@@ -791,14 +798,14 @@ def flatten_image(image, channels):
 def read_picture(path, size, channels, whole, jpeg_quality):
     """A file as an array of size x size pixels: its middle, or if `whole` all of it, squeezed.
 
-    None if it cannot be read, or has more than 8 bits a channel; if `whole`, also if grey.
+    None if it cannot be read, or is grey of more than 8 bits; if `whole`, also if grey.
     """
     from PIL import Image, ImageOps
 
     bicubic = Image.Resampling.BICUBIC  # Pillow's is antialiased
     try:
         with Image.open(path) as file:
-            deep = file.mode[0] in "IF"  # more than 8 bits a channel, which would be cut off
+            deep = file.mode[0] in "IF"  # grey of more than 8 bits, which would be cut off
             if deep or (whole and file.mode == "L"):
                 return None
             image = flatten_image(file, channels)
@@ -817,7 +824,7 @@ def read_folder(folder, paths, **options):
     from tqdm import tqdm
 
     listing = [(str(path), path.stat().st_mtime_ns) for path in paths]
-    digest = hashlib.sha256(repr([options, listing]).encode()).hexdigest()
+    digest = hashlib.sha256(repr(["2", options, listing]).encode()).hexdigest()
     path = folder / f".cache_{options['size']}.pt"
     if path.is_file():
         cached = load_weights(path, "common", "pixels")

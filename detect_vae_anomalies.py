@@ -1,7 +1,7 @@
 """Can a VAE tell what it was not trained on? Six scores of single images are judged.
 
 reconstruction     the error of the decoder's picture from mu
-negative ELBO      the loss of training, from sampled z
+negative ELBO      the loss of training (beta 1), from sampled z
 KL                 its second part
 latent distance    from mu to the nearest training image's
 feature distance   the same in the encoder's last hidden layer,

@@ -620,7 +620,8 @@ def of_folder(folder, device):
 def of_data_set(name, data_dir, weights, device):
     """A split of one of common.DATASET_TYPES, such as mnist:test.
 
-    weights: what it is compared with, and whose size it takes.
+    weights: what it is compared with. If they are of the same
+    data set, it has their images' size.
     """
     kind, _, split = name.partition(":")
     legal = "no folder, .pt, .npz, or data set such as mnist:train or mnist:test"

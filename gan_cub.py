@@ -83,7 +83,7 @@ dataset_kwargs = {
 trainer_kwargs = {
     "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan (better with --lr 0.0004)
     "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
-    "d_steps": 0,  # steps of D for one of G; 0: what suits the loss
+    "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: the loss's
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
     "penalty_weight": -1.0,  # of the penalty on D's slope; 0: none; -1: the loss's own
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
@@ -97,7 +97,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
     "sample_every": 1000,  # iterations between scores, pictures and weights
 }
 experiment_kwargs = {
@@ -428,7 +428,8 @@ def gradient_penalty(critic, real, fake, epsilon):
     1: without a bound on it the critic could lower its loss for
     ever. It is taken between real and generated images, because
     an optimal critic has slope 1 on the straight lines that join
-    such pairs. real, fake (N, C, H, W); epsilon (N, 1, 1, 1)
+    real and generated images as optimal transport pairs them.
+    real, fake (N, C, H, W); epsilon (N, 1, 1, 1)
     in [0, 1).
     """
     mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
@@ -573,9 +574,10 @@ class Trainer:
     changed, and a period has as many iterations. All begin with
     equal networks, which stay equal: `step` averages the
     gradients over the processes, and training.Run averages batch
-    norm's running statistics. The history has means over all of
-    them. What they draw or print is written by the first one
-    only. A run goes on with as many as it had.
+    norm's running statistics. What `step` returns is in the
+    history as a mean over them, what is measured is the first
+    one's, and only that one writes and prints. A run can be
+    continued only with as many processes as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -643,8 +645,8 @@ class Trainer:
 
         For another column in history.csv add a tensor of shape ()
         to the dict that is returned here or by
-        discriminator_step. Something of generator_step is
-        returned beside its loss, and unpacked here. For a curve
+        discriminator_step. A scalar of generator_step is returned
+        beside its loss, and unpacked here. For a curve
         add it to `panels` in draw_curves.
         """
         rows = []

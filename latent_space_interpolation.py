@@ -47,7 +47,7 @@ picture_kwargs = {
     "seed": 0,  # of the points
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
 }
-MOST_BYTES = 8_000_000  # of the page; else weights take 11 bits instead of 16, or 8
+MOST_BYTES = 8_000_000  # of the page; a larger one takes 11 bits a weight, not 16, or 8
 
 
 def check_settings(settings):

@@ -54,7 +54,7 @@ MARKERS = "os^DvPX*<p"  # colour alone never tells two classes apart
 MOST_PICTURES = 3_000_000  # bytes of the page's pictures; more of them are packed tighter
 MOST_BYTES = 8_000_000  # of the page; a larger one takes the next of PRECISIONS
 # (bits of a weight, share of the codes' variance that is kept)
-PRECISIONS = [(16, 1), (11, 1), (16, 0.9999), (11, 0.9999), (11, 0.999), (8, 0.99)]
+PRECISIONS = [(16, 1), (11, 1), (16, 0.9999), (11, 0.9999), (11, 0.999), (8, 1), (8, 0.99)]
 
 
 def check_settings(settings):
@@ -271,12 +271,16 @@ def narrow(to_mu, decoder, codes, share):
     their variance. So mu = W h + b becomes mean + V c with
     c = V^T (W h + b - mean), and the decoder's first layer,
     A z + a, becomes A V c + (A mean + a) with c = V^T (z - mean).
-    Where K is small these are far fewer weights.
+    Where that would not make the weights fewer, the layers stay.
     """
     mean = codes.mean(0).float()
     values, vectors = torch.linalg.eigh(torch.cov(codes.T))  # ascending
     held = values.cumsum(0) > (1 - share) * values.sum()
+    held[-2:] = True  # the plane
     basis = vectors[:, held].float()  # V (D, K)
+    latents, kept = basis.shape
+    if kept * (to_mu.in_features + latents) >= to_mu.in_features * latents:
+        return to_mu, decoder
     weight, bias = to_mu.weight.cpu(), to_mu.bias.cpu()
     down = make_linear(basis.T @ weight, basis.T @ (bias - mean))
     to_mu = nn.Sequential(down, make_linear(basis, mean))

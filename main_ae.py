@@ -10,10 +10,10 @@ courses: CMU 16-824, Visual Learning and Recognition,
         Exercise 1, "Training generative model to generate
         MNIST digits" (grey)
 run:    python main_ae.py                   (all keys of the dicts are options)
-        python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/ there)
+        python main_ae.py --resume false    (start over; the old run moves to a folder of its own)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
-        python main_ae.py --experiment model_types --dataset_type mnist --output_dir mnist_AE
+        python main_ae.py --experiment model_types --dataset_type mnist --latent_dim 2
 writes: cifar10_VAE/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
@@ -53,7 +53,7 @@ model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; see also beta
     "latent_dim": 1024,  # entries of the latent vector z
     "feature_maps": 32,  # channels of the first layer; they double as the side halves
-    "image_channels": 3,  # 3 colour; 1 grey: other networks, another loss
+    "image_channels": 3,  # 3 colour, 1 grey (MNIST always): other networks, another loss
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
@@ -69,7 +69,7 @@ dataset_kwargs = {
 trainer_kwargs = {
     "num_epochs": 20,  # may be raised later; 0 only checks settings and data
     "lr": 0.001,  # Adam's learning rate
-    "beta": 1.0,  # weight of the KL; more: codes nearer to N(0, I), worse pictures
+    "beta": 1.0,  # weight of the KL: 0 autoencoder with noise, 1 VAE, more beta-VAE
     "beta_schedule": "constant",  # constant | linear: from 0 in epoch 1 to beta
     "beta_epochs": 20,  # of the linear schedule: with 20, epoch 21 has all of beta
     "ema_decay": 0.99,  # averages are tested, shown and saved; 0: the networks are
@@ -81,7 +81,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
     "sample_every": 5,  # epochs between pictures and weights; first and last have them
 }
 experiment_kwargs = {
@@ -396,9 +396,11 @@ class Trainer:
     there are GPUs, a GPU of its own. They share the images of an
     epoch, which has fewer steps then; the learning rate is not
     changed. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes. The history
-    has means over all of them. What they draw or print is written
-    by the first one only. A run goes on with as many as it had.
+    `step` averages the gradients over the processes. What `step`
+    returns is in the history as a mean over them, what is
+    measured is the first one's, and only that one writes and
+    prints. A run can be continued only with as many processes as
+    it had.
 
     train, test: two common.Images, all of which lie on the
     device: train.pixels (M, C, H, W) are all images as uint8, and
@@ -459,9 +461,9 @@ class Trainer:
         beta 1 a VAE's loss is its negative, in colour up to a
         constant; the expectation is estimated with one z. z is
         sampled for test images too, so that train and test
-        losses can be compared; only, those of training are means
-        over the epoch, of networks without the average. For a
-        column that needs mu or
+        losses can be compared. But those of training are means
+        over the epoch, of the networks without the average. For
+        a column that needs mu or
         logvar return one more scalar, in both returns; `step`
         and `evaluate` unpack it.
         """
@@ -550,7 +552,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; only num_epochs,
+        A checkpoint of other settings is refused; num_epochs,
         precision, data_dir and the run_kwargs other than the seed
         may change. Changed code is not noticed: then give another
         --output_dir, or --resume false.
@@ -687,10 +689,11 @@ def load_model(weights_path):
     """(encoder, decoder) of a weights_epoch_{E}.pt.
     Raises common.BadInput for any other file.
 
-    encoder, decoder = main_ae.load_model(path). To sample:
-    decoder.sample(torch.randn(16, 1024)) gives (16, 3, 32, 32),
-    with as many columns of z as the model has latents, and
-    common.save_grid draws it. To encode: mu, logvar = encoder(images), of colour in
+    To sample, with 1024 latents:
+        encoder, decoder = main_ae.load_model(path)
+        images = decoder.sample(torch.randn(16, 1024))  # (16, 3, 32, 32)
+        common.save_grid(images, "samples.png", columns=4)  # grey: low=0
+    To encode: mu, logvar = encoder(images), of colour in
     [-1, 1], of grey in [0, 1].
     """
     weights = common.load_weights(weights_path, __file__, "decoder")

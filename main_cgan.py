@@ -66,7 +66,7 @@ trainer_kwargs = {
     "discriminator_lr": 0.0005,  # Adam's learning rate
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "float32",  # auto | float32 | bfloat16, which was slower on two cores
-    "score_every": 0,  # epochs between scores (see fid.py); 0: no scores
+    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: none
     "score_features": "classifier",  # inception (the FID) | classifier
     "output_dir": "mnist_CGAN",  # everything is written there
 }
@@ -75,7 +75,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
     "sample_every": 1,  # epochs between pictures and weights; first and last have them
 }
 
@@ -343,9 +343,10 @@ class Trainer:
     epoch, which has fewer steps then; the learning rates are not
     changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes, and
-    training.Run averages batch norm's running statistics. The
-    history has means over all of them. What they draw or print is
-    written by the first one only. A run goes on with as many as
+    training.Run averages batch norm's running statistics. What
+    `step` returns is in the history as a mean over them, what is
+    measured is the first one's, and only that one writes and
+    prints. A run can be continued only with as many processes as
     it had.
 
     train: a common.Images, all of which lies on the device:
@@ -510,7 +511,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; only num_epochs,
+        A checkpoint of other settings is refused; num_epochs,
         score_every, precision, data_dir and the run_kwargs other
         than the seed may change. Changed code is not noticed:
         then give another --output_dir, or --resume false.
@@ -543,7 +544,8 @@ class Trainer:
                 self.draw(epoch)
                 self.draw_curves(history, epoch)
                 run.save_weights(f"weights_epoch_{epoch}.pt", generator=self.ema_generator)
-        self.draw_animation()
+        if self.num_epochs:
+            self.draw_animation()
 
     def draw(self, name):
         """Write samples: a row for each class, of

@@ -56,7 +56,7 @@ trainer_kwargs = {
     "discriminator_lr": 0.0002,  # Adam's learning rate, the paper's
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "score_every": 0,  # epochs between scores (see fid.py); 0: no scores
+    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: none
     "score_features": "classifier",  # inception (the FID) | classifier
     "output_dir": "cifar10_GAN",  # everything is written there
 }
@@ -65,7 +65,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
     "sample_every": 50,  # epochs between pictures and weights; first and last have them
 }
 
@@ -268,9 +268,10 @@ class Trainer:
     epoch, which has fewer steps then; the learning rates are not
     changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes, and
-    training.Run averages batch norm's running statistics. The
-    history has means over all of them. What they draw or print is
-    written by the first one only. A run goes on with as many as
+    training.Run averages batch norm's running statistics. What
+    `step` returns is in the history as a mean over them, what is
+    measured is the first one's, and only that one writes and
+    prints. A run can be continued only with as many processes as
     it had.
 
     train: a common.Images, all of which lies on the device:
@@ -309,8 +310,7 @@ class Trainer:
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # every picture is drawn from these, so that epochs can
-        # be compared
+        # for every picture, so that epochs can be compared
         self.fixed_z = torch.randn(500, latent_dim).to(train.device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=train.device))
         self.real_distance = mean_distance(real_images)
@@ -410,7 +410,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; only num_epochs,
+        A checkpoint of other settings is refused; num_epochs,
         score_every, precision, data_dir and the run_kwargs other
         than the seed may change. Changed code is not noticed:
         then give another --output_dir, or --resume false.

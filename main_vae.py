@@ -64,7 +64,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false moves the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
     "sample_every": 10,  # epochs between pictures and weights; first and last have them
 }
 
@@ -252,9 +252,11 @@ class Trainer:
     there are GPUs, a GPU of its own. They share the images of an
     epoch, which has fewer steps then; the learning rate is not
     changed. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes. The history
-    has means over all of them. What they draw or print is written
-    by the first one only. A run goes on with as many as it had.
+    `step` averages the gradients over the processes. What `step`
+    returns is in the history as a mean over them, what is
+    measured is the first one's, and only that one writes and
+    prints. A run can be continued only with as many processes as
+    it had.
 
     train, test: two common.Images, which lie on the device as
     a whole: train.pixels (M, 1, H, W) are all images as uint8,
@@ -407,7 +409,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; only num_epochs,
+        A checkpoint of other settings is refused; num_epochs,
         precision, data_dir and the run_kwargs other than the seed
         may change. Changed code is not noticed: then give another
         --output_dir, or --resume false.

@@ -21,7 +21,7 @@ import common
 from common import PROCESSES, RANK, BadInput, BrokenOff, require, warn
 
 LOOK_SECONDS = 1.0  # between two looks at the losses, at each of which the host waits
-AGREE_STEPS = 16  # on several GPUs only: whether one was told to stop is looked at so often
+AGREE_STEPS = 16  # on several GPUs: steps between two looks at what they tell each other
 # what may change when a run is continued: how it is computed, not what
 FREE_TO_CHANGE = {
     "num_epochs",
@@ -154,8 +154,8 @@ class Run:
 
         After each of them checkpoint.pt, history.csv and run.html
         are written. steps: of an epoch, if it is not a pass over
-        the data. unit="iteration", unit_size=500: what is shown
-        of an epoch is that it is 500 iterations.
+        the data. unit="iteration", unit_size=500: an epoch is
+        shown and counted as 500 iterations.
         """
         self.train, self.steps = train, steps
         self.state, self.num_epochs = state, num_epochs
@@ -165,7 +165,7 @@ class Run:
         self.data = {**train.record(), "steps an epoch": len(self.sizes)}
         if self.checkpoint:
             self.restore(self.checkpoint)
-            if self.history:  # after a kill between two files the table lacks a row
+            if self.history and num_epochs:  # a kill between two files leaves it a row behind
                 common.write(self.folder / "history.csv", self.history)
         elif RANK:  # networks were built from equal seeds; noise is each process's own
             torch.manual_seed(self.seed + 1_000_003 * RANK)
@@ -236,8 +236,9 @@ class Run:
         indices = self.train.epoch_batches(self.seed, self.epoch, self.steps)
         for index in indices[self.first_step :]:
             yield self.train.batch(index)
+            due = time.monotonic() - last_look > LOOK_SECONDS
             if PROCESSES > 1:
-                self.agree()
+                due = self.agree(due)
             self.step += 1
             self.bar.update()
             # several processes all have to stop at the same step
@@ -245,21 +246,27 @@ class Run:
                 self.check_losses()
                 self.save_checkpoint(self.epoch - 1, self.step)
                 self.stop_if_told()
-            # only the first process looks, or another might leave without a word
-            if not RANK and time.monotonic() - last_look > LOOK_SECONDS:
+            if due:
                 self.show(self.check_losses())
                 last_look = time.monotonic()
 
-    def agree(self):
-        """Give all processes the same losses and batch norm statistics, and the word to stop."""
-        told = torch.tensor([float(self.stop_signal > 0)], device=self.device)
+    def agree(self, due):
+        """Give all processes the same losses and batch norm statistics, and the word to stop.
+
+        due: whether to look at the losses. Returns what the first
+        process says, so that all leave at the same step.
+        """
+        due = due and not RANK
+        told = torch.tensor([float(self.stop_signal > 0), float(due)], device=self.device)
         buffers = [b for network in self.networks for b in network.buffers()]
         buffers = [buffer for buffer in buffers if buffer.is_floating_point()]
         all_reduce_mean([*buffers, self.rows[-1], told])
-        look = self.device.type == "cpu" or self.step % AGREE_STEPS == 0
-        self.all_told = look and told.item() > 0
-        if self.all_told:
+        listen = self.device.type == "cpu" or self.step % AGREE_STEPS == 0
+        stop, due = (told > 0).tolist() if listen else (False, False)
+        self.all_told = stop
+        if stop:
             self.stop_signal = self.stop_signal or signal.SIGTERM
+        return due
 
     def train_step(self, step, *inputs):
         """Call step(*inputs), on an NVIDIA GPU as a CUDA graph, and keep the scalars it returns.
@@ -275,7 +282,7 @@ class Run:
         if recordable and self.graph is None:
             self.graph = Graph(step, self)
         if self.graph and step != self.graph.step:
-            raise TypeError("train_step takes one `step` only: another was recorded")
+            raise TypeError("train_step has recorded another `step`; give --cuda_graph false")
         values = self.graph(*inputs) if self.graph else step(*inputs)
         if self.names != list(values):
             if self.step > self.first_step:
@@ -403,7 +410,7 @@ class Run:
             except (KeyError, RuntimeError, ValueError):
                 self.refuse(f"{self.path} is of another {name} than the script has now")
             # Loading has replaced the groups. The script holds the old
-            # tensor of a rate, and goes on changing it: it comes back.
+            # tensor of a rate, so it is put back, with the loaded value.
             groups = getattr(part, "param_groups", [])
             for group, rate in zip(groups, rates):
                 if isinstance(rate, torch.Tensor):
@@ -536,6 +543,8 @@ class Graph:
         try:
             with torch.cuda.graph(graph):  # nothing is computed here, only recorded
                 values = self.step(*self.inputs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:  # CUDA may be of no use to this process any more
             raise BrokenOff(
                 "this step cannot be recorded as a CUDA graph; start again with "

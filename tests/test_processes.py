@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import helpers
 import pytest
@@ -11,6 +12,7 @@ from helpers import ROOT, SMALL
 
 import common
 import main_gan
+import training
 
 # Two processes run this. It trains every script for an epoch and saves each process's tensors.
 EVERY_SCRIPT = """
@@ -155,6 +157,29 @@ def test_each_process_gets_its_own_share_of_every_batch(monkeypatch):
         assert sorted(step.tolist()) == sorted(alone[number].tolist())
 
 
+@pytest.mark.parametrize(
+    "rank, own_clock, first_clock, looks",
+    [(0, True, 0.5, True), (0, False, 0.0, False), (1, True, 0.0, False), (1, False, 0.5, True)],
+)
+def test_all_processes_look_at_losses_when_the_first_one_does(
+    rank, own_clock, first_clock, looks, monkeypatch
+):
+    """By clocks of their own one might leave before the first one can say why."""
+    sent = []
+
+    def mean(tensors):
+        sent.append(tensors[-1].tolist())
+        tensors[-1].copy_(torch.tensor([0.0, first_clock]))  # half of the processes say so
+
+    monkeypatch.setattr(training, "RANK", rank)
+    monkeypatch.setattr(training, "all_reduce_mean", mean)
+    run = SimpleNamespace(
+        device=torch.device("cpu"), networks=[], rows=[torch.zeros(1)], stop_signal=0
+    )
+    assert training.Run.agree(run, own_clock) == looks
+    assert sent == [[0.0, float(own_clock and rank == 0)]] and run.stop_signal == 0
+
+
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
     asked = []
@@ -164,7 +189,9 @@ def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", rank)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")  # so that the first process says it, too
-    with pytest.raises(common.BadInput, match="3 processes need a GPU each, and there are 2"):
+    with pytest.raises(
+        common.BadInput, match="3 processes need 3 GPUs, not 2; or give --device cpu"
+    ):
         common.choose_device("auto")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     assert common.choose_device("auto") == common.choose_device("cuda")
