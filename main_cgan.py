@@ -66,7 +66,7 @@ trainer_kwargs = {
     "discriminator_lr": 0.0005,  # Adam's learning rate
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "float32",  # auto | float32 | bfloat16, which was slower on two cores
-    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: none
+    "score_every": 0,  # epochs between scores of 10,000 samples; 0: none
     "score_features": "classifier",  # inception (the FID) | classifier
     "output_dir": "mnist_CGAN",  # everything is written there
 }

@@ -56,7 +56,7 @@ trainer_kwargs = {
     "discriminator_lr": 0.0002,  # Adam's learning rate, the paper's
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
-    "score_every": 0,  # epochs between scores of 10,000 samples (see fid.py); 0: none
+    "score_every": 0,  # epochs between scores of 10,000 samples; 0: none
     "score_features": "classifier",  # inception (the FID) | classifier
     "output_dir": "cifar10_GAN",  # everything is written there
 }
