@@ -27,7 +27,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "data
 TRAINING = ["main_gan", "main_dcgan", "main_cgan", "main_vae", "main_ae", "gan_cub"]
 ANALYSIS = ["latent_space_interpolation", "latent_space_vae", "detect_vae_anomalies", "fid"]
 # options of other programs than the scripts
-FOREIGN_OPTIONS = {"help", "quick", "check", "nproc_per_node", "index"}
+FOREIGN_OPTIONS = {"help", "quick", "check", "nproc_per_node", "index", "dist"}
 # what makes a command of a script small, where the script has the key
 SMALL = {
     "dataset_type": "digits",
