@@ -30,11 +30,15 @@ writes: cub_GAN/. After every period of sample_every iterations:
         weights_best.pt (both for sampling). An experiment writes
         there such a folder for each setting, {experiment}.png
         and {experiment}.csv
-differs from the papers: D sums its last map over all positions,
-        as in the course, where Gulrajani et al. take the mean;
-        all losses, r3gan too, use the same two networks, so that
-        they can be compared; pictures and weights are of an
-        averaged G, which is steadier
+differs from the papers: networks, Adam, the rate that falls
+        to 0 and the five steps of D are those of the course, for
+        all losses, so that they can be compared (r3gan takes one
+        step of D). D sums its last map over all positions, as in
+        the course; Gulrajani et al. take the mean
+differs from the course: pictures, scores and weights are of an
+        averaged G, which is steadier; G has the non-saturating
+        loss in gan; the images are without JPEG's artefacts;
+        r3gan is added
 expect: the default run needs a GPU, and was not tried. Much
         smaller runs, on 5,430 birds of CUB-200 of 2010, are
         python gan_cub.py --experiment losses
@@ -45,11 +49,13 @@ expect: the default run needs a GPU, and was not tried. Much
         with seed 0 in bfloat16. They end at these classifier
         distances, lower is better: gan 908, lsgan 742, wgan-gp
         268, r3gan 397; half an hour for the four on one core of
-        an AMD EPYC. r3gan with lr 0.0004 reaches 337 then, and
-        236 after 16,000 iterations, 41 min; the others were not
-        run as long. From the first period to the last wgan-gp's
-        discriminator loss rises from -3.9 to -2.2, and its
-        penalty falls from 0.08 to 0.016.
+        an AMD EPYC. r3gan with lr 0.0004 reaches 337 after 4,500
+        iterations, and 236 after 16,000, 41 min. From the first
+        period to the last the discriminator loss of wgan-gp goes
+        from -3.9 to -2.2 (its penalty from 0.08 to 0.016), and
+        that of r3gan from 0.71 to 0.64: D hardly tells a pair
+        apart. That of gan goes from 1.22 to 0.46, that of lsgan
+        from 0.32 to 0.07: there D wins, and the images stay bad
 """
 
 import dataclasses
@@ -81,7 +87,7 @@ dataset_kwargs = {
     "horizontal_flip": False,  # mirror half of the training images: not for digits
 }
 trainer_kwargs = {
-    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan (better with --lr 0.0004)
+    "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan; see LOSSES
     "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
     "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: the loss's
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
@@ -155,7 +161,7 @@ def check_settings(settings):
     of Trainer.__init__. One that shapes a network goes into
     model_kwargs and the same parameters, and from there through
     make_networks (for G also load_generator) to the network.
-    Checkpoints that were made without it are then refused.
+    Checkpoints that were made without the key are refused.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -329,10 +335,11 @@ def gan_discriminator_loss(real_logits, fake_logits):
     """-log D(x) - log(1 - D(G(z))), D the sigmoid of the logit;
     Goodfellow et al., eq. (1).
 
-    Both terms are means over the batch, here and below. At
-    D = 1/2 it is 2 log 2 = 1.386. torch computes it from the
-    logit, since the log of a sigmoid that has rounded to 0
-    is infinite.
+    Both terms are means over the batch, here and below. It is
+    2 log 2 = 1.386 where D cannot tell the two apart and is 1/2
+    everywhere; it is less where D can. torch computes it from the
+    logit, since the log of a sigmoid that has rounded to 0 is
+    infinite.
     """
     real_targets, fake_targets = torch.ones_like(real_logits), torch.zeros_like(fake_logits)
     real_loss = F.binary_cross_entropy_with_logits(real_logits, real_targets)
@@ -354,7 +361,9 @@ def lsgan_discriminator_loss(real_logits, fake_logits):
     """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit;
     Mao et al., eq. (2) with a = 0, b = 1.
 
-    It is 1/4 where D cannot tell the two apart and is 1/2 everywhere.
+    The square pulls logits to 1 and 0, where the cross-entropy
+    rewards ever larger ones. It is 1/4 where D cannot tell the
+    two apart and is 1/2 everywhere.
     """
     real_loss = F.mse_loss(real_logits, torch.ones_like(real_logits))
     fake_loss = F.mse_loss(fake_logits, torch.zeros_like(fake_logits))
@@ -364,6 +373,9 @@ def lsgan_discriminator_loss(real_logits, fake_logits):
 def lsgan_generator_loss(fake_logits):
     """(D(G(z)) - 1)^2 / 2, D the logit;
     Mao et al., eq. (2) with c = 1.
+
+    The authors' argument: images far from 1 are still pulled where
+    they fool D already, where the cross-entropy's gradient fades.
     """
     return 0.5 * F.mse_loss(fake_logits, torch.ones_like(fake_logits))
 
@@ -389,6 +401,8 @@ def r3gan_discriminator_loss(real_logits, fake_logits):
 
     D need not say how real an image is, only which image of a
     pair is the real one: of the i-th real and the i-th generated.
+    The authors' argument: each real image is somebody's rival, so
+    a G that leaves out a kind of images loses to those.
     softplus(t) = log(1 + e^t), mean over the pairs:
     log 2 = 0.693 where D cannot tell.
     """
@@ -560,8 +574,8 @@ class Trainer:
     - run.train_step calls `step` and keeps its scalars. run.step
       is the number of the call just done, from 0 in each period.
     - run.end_epoch adds a row to the history: the iteration, the
-      data, the means of these scalars, and what it is given. It
-      returns all rows.
+      name of the data set, the means of these scalars, and what
+      it is given. It returns all rows.
     - run.save_weights writes what sampling needs.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
@@ -575,9 +589,10 @@ class Trainer:
     equal networks, which stay equal: `step` averages the
     gradients over the processes, and training.Run averages batch
     norm's running statistics. What `step` returns is in the
-    history as a mean over them, what is measured is the first
-    one's, and only that one writes and prints. A run can be
-    continued only with as many processes as it had.
+    history as a mean over them; diversity and score are the first
+    one's. All of them draw, but only the first one writes and
+    prints. A run can be continued only with as many processes as
+    it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -616,8 +631,8 @@ class Trainer:
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
-        # A tensor, not a number (see `step`). Both optimisers
-        # hold it, in a continued run too.
+        # A tensor, not a number (see `step`). Both optimisers hold
+        # it. A checkpoint sets its value, and they keep using it.
         self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
@@ -657,9 +672,10 @@ class Trainer:
             g_loss = self.generator_step(parts[-1])
         self.update_ema()
 
-        # The rate falls linearly to 0. For another decay replace
-        # the factor in brackets by another of the tensor `done`,
-        # such as 0.98 ** (done // self.sample_every).
+        # The rate falls linearly to 0. This is that of the next call;
+        # the first one has `lr`. For another decay replace the last
+        # factor by another of the tensor `done`, such as
+        # 0.98 ** (done // self.sample_every).
         done = steps_taken(self.discriminator_optimizer)  # iterations
         self.lr.copy_(self.first_lr * (1 - done / self.num_iterations))
 
@@ -783,10 +799,10 @@ class Trainer:
             refuse_other_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)
-                # a picture every 100 calls of `step`, which are
-                # 100 * d_steps iterations, goes here:
-                # if run.step % 100 == 0:
-                #     self.draw(f"{period}_step_{run.step}")
+                # pictures every 100 iterations go here:
+                # done = (run.step + 1) * self.d_steps  # in this period
+                # if done % 100 < self.d_steps:
+                #     self.draw((period - 1) * size + done)
             self.evaluate(period * size)
 
     def evaluate(self, iteration):
@@ -869,8 +885,8 @@ def main(
     your own with a length, here or in the dict above. It gives
     (image, label): a Pillow image or a tensor (C, H, W), uint8 or
     floats in [0, 1], of any size, and an int from 0. Every image
-    is resized, not cropped, brought to the network's channels and
-    kept as uint8. A tenth of the images is held out, which this
+    is resized, not cropped, brought to three channels and kept as
+    uint8. A tenth of the images is held out, which this
     script has no use for. `dataset.classes`, if there is such a
     list, names the labels.
     """

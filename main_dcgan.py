@@ -85,7 +85,7 @@ def check_settings(settings):
     of Trainer.__init__. One that shapes a network goes into
     model_kwargs and the same parameters, and from there through
     make_networks (for G also load_generator) to the network.
-    Checkpoints that were made without it are then refused.
+    Checkpoints that were made without the key are refused.
     """
     for key in ("latent_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -251,9 +251,9 @@ class Trainer:
       smaller, and is then never a recorded step (see `step`).
     - run.train_step calls `step` and keeps its scalars. run.step
       is the number of the step just done, from 0 in each epoch.
-    - run.end_epoch adds a row to the history: the epoch, the
-      data, the means of these scalars over the epoch's images,
-      and what it is given. It returns all rows.
+    - run.end_epoch adds a row to the history: the epoch, the name
+      of the data set, the means of these scalars over the epoch's
+      images, and what it is given. It returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
@@ -270,9 +270,9 @@ class Trainer:
     `step` averages the gradients over the processes, and
     training.Run averages batch norm's running statistics. What
     `step` returns is in the history as a mean over them, what is
-    measured is the first one's, and only that one writes and
-    prints. A run can be continued only with as many processes as
-    it had.
+    measured is the first one's. All of them draw, but only the
+    first one writes and prints. A run can be continued only with
+    as many processes as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -304,8 +304,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # Tensors, not numbers (see `step`): `fit` may change them with
-        # fill_. After a checkpoint was read, Adam still uses these.
+        # Tensors, not numbers (see `step`): fill_ in `fit`
+        # or a checkpoint sets them, and Adam uses these.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -431,7 +431,7 @@ class Trainer:
             # and the same for self.discriminator_lr.
             for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
                 run.train_step(self.step, images)
-                # a picture every 100 steps goes here:
+                # pictures at steps 0, 100, ... go here:
                 # if run.step % 100 == 0:
                 #     self.draw(f"{epoch}_step_{run.step}")
             samples = self.sample(self.fixed_z)

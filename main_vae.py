@@ -80,7 +80,7 @@ def check_settings(settings):
     of Trainer.__init__. One that shapes a network goes into
     model_kwargs and the same parameters, and from there to both
     networks, since load_model gives them all of model_kwargs.
-    Checkpoints that were made without it are then refused.
+    Checkpoints that were made without the key are refused.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -236,9 +236,9 @@ class Trainer:
       smaller, and is then never a recorded step (see `step`).
     - run.train_step calls `step` and keeps its scalars. run.step
       is the number of the step just done, from 0 in each epoch.
-    - run.end_epoch adds a row to the history: the epoch, the
-      data, the means of these scalars over the epoch's images,
-      and what it is given. It returns all rows.
+    - run.end_epoch adds a row to the history: the epoch, the name
+      of the data set, the means of these scalars over the epoch's
+      images, and what it is given. It returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
     - run.save_weights writes what sampling needs.
@@ -254,9 +254,9 @@ class Trainer:
     changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes. What `step`
     returns is in the history as a mean over them, what is
-    measured is the first one's, and only that one writes and
-    prints. A run can be continued only with as many processes as
-    it had.
+    measured is the first one's. All of them draw, but only the
+    first one writes and prints. A run can be continued only with
+    as many processes as it had.
 
     train, test: two common.Images, which lie on the device as
     a whole: train.pixels (M, 1, H, W) are all images as uint8,
@@ -422,7 +422,7 @@ class Trainer:
                 self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
             for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
                 run.train_step(self.step, images.flatten(1))
-                # a picture every 100 steps goes here:
+                # pictures at steps 0, 100, ... go here:
                 # if run.step % 100 == 0:
                 #     self.draw(f"{epoch}_step_{run.step}")
             # another column, measured once an epoch, goes into this dict
