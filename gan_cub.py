@@ -46,16 +46,20 @@ expect: the default run needs a GPU, and was not tried. Much
             --feature_maps 32 --batch_size 32 --lr 0.0008
             --num_iterations 4500 --sample_every 500
             --score_features classifier --score_images 2000
-        with seed 0 in bfloat16. They end at these classifier
-        distances, lower is better: gan 908, lsgan 742, wgan-gp
-        268, r3gan 397; half an hour for the four on one core of
-        an AMD EPYC. r3gan with lr 0.0004 reaches 337 after 4,500
-        iterations, and 236 after 16,000, 41 min. From the first
-        period to the last the discriminator loss of wgan-gp goes
-        from -3.9 to -2.2 (its penalty from 0.08 to 0.016), and
-        that of r3gan from 0.71 to 0.64: D hardly tells a pair
-        apart. That of gan goes from 1.22 to 0.46, that of lsgan
-        from 0.32 to 0.07: there D wins, and the images stay bad
+            --precision bfloat16
+        with seed 0; half an hour for the four on one core of an
+        AMD EPYC. The first period's discriminator loss, the last
+        period's, its generator loss, diversity and classifier
+        distance (lower is better):
+        gan       1.22   0.46   2.58  0.84  908
+        lsgan     0.32   0.07   0.38  0.83  742
+        wgan-gp  -3.85  -2.18  -6.57  0.96  268
+        r3gan     0.71   0.64   0.77  0.97  397
+        In gan and lsgan D wins, and the images stay bad. In r3gan
+        it hardly tells a pair apart. In wgan-gp the penalty falls
+        from 0.08 to 0.016, and only the difference of the logits
+        means something. r3gan with lr 0.0004 reaches 337 after
+        4,500 iterations, and 236 after 16,000, 41 min
 """
 
 import dataclasses
@@ -325,8 +329,8 @@ class Discriminator(nn.Module):
         self.linear = nn.Linear(feature_maps, 1)
 
     def forward(self, x):
-        # the sum of 64 places is in float32; the
-        # linear layer may be in bfloat16 again
+        # the sum of 64 places is in float32, since bfloat16 has
+        # three digits; the linear layer may be in bfloat16 again
         features = self.blocks(x).float().sum(dim=(2, 3))  # (N, 128)
         return self.linear(features).squeeze(1).float()
 
@@ -466,8 +470,8 @@ def zero_centred_penalty(images, logits):
     times the mean over all 2N, which is returned. Unlike that of
     wgan-gp, this penalty draws the slope to 0: once G is perfect
     a constant D is best, and training can come to rest. images
-    (2N, C, H, W), halves of one size, which require a gradient;
-    logits (2N,) are D's of them.
+    (2N, C, H, W) are N real and N generated ones, and require a
+    gradient; logits (2N,) are D's of them.
     """
     # As above, an image's gradient is that of its own logit.
     total = logits.sum()
@@ -532,7 +536,9 @@ def make_scorer(train, score_features, score_images):
     classifier that is trained on `train` it is the "classifier
     distance", which compares only with others by the same
     classifier. auto takes Inception, if its weights are in
-    data_dir or can be downloaded. See fid.py.
+    data_dir or can be downloaded. The classifier is trained from
+    a fixed seed and kept in data_dir, so that all runs on the
+    same data have the same. See fid.py.
     """
     if score_images == 0:
         return None
@@ -576,7 +582,8 @@ class Trainer:
     - run.end_epoch adds a row to the history: the iteration, the
       name of the data set, the means of these scalars, and what
       it is given. It returns all rows.
-    - run.save_weights writes what sampling needs.
+    - run.save_weights writes what sampling needs: the network,
+      model_kwargs, and which data it learnt from.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
     written; the same command goes on with the next step. A run
@@ -672,10 +679,10 @@ class Trainer:
             g_loss = self.generator_step(parts[-1])
         self.update_ema()
 
-        # The rate falls linearly to 0. This is that of the next call;
-        # the first one has `lr`. For another decay replace the last
-        # factor by another of the tensor `done`, such as
-        # 0.98 ** (done // self.sample_every).
+        # The rate falls linearly to 0. This sets the next call's; the
+        # first call has `lr`. For another decay replace the factor
+        # (1 - ...), for example by 0.98 ** (done // 1000). `done` is a
+        # tensor, so its cosine is torch.cos(...).
         done = steps_taken(self.discriminator_optimizer)  # iterations
         self.lr.copy_(self.first_lr * (1 - done / self.num_iterations))
 
@@ -763,7 +770,9 @@ class Trainer:
             return self.ema_generator(z)
 
     def generate(self, index):
-        """len(index) new images for the scorer; only their number matters."""
+        """As many new images as index (N,) has entries:
+        the scorer calls this as it calls train.batch.
+        """
         return self.sample(torch.randn(len(index), self.latent_dim).to(self.train.device))
 
     def fit(self):
@@ -795,7 +804,7 @@ class Trainer:
         for period in run.epochs(
             self.train, state, periods, steps=calls, unit="iteration", unit_size=size
         ):
-            # run.epochs has only now restored the history
+            # here, since it is run.epochs that restores the history
             refuse_other_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
                 run.train_step(self.step, images)

@@ -256,7 +256,8 @@ class Trainer:
       images, and what it is given. It returns all rows.
     - run.pictures_due is true every sample_every epochs, after
       the first and after the last.
-    - run.save_weights writes what sampling needs.
+    - run.save_weights writes what sampling needs: the network,
+      model_kwargs, and which data it learnt from.
 
     At Ctrl-C the step under way is finished and checkpoint.pt is
     written; the same command goes on with the next step. A run
