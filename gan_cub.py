@@ -778,7 +778,7 @@ class Trainer:
     def fit(self):
         """Train to num_iterations, in periods of sample_every iterations.
 
-        A checkpoint of other settings is refused; precision,
+        A checkpoint of other settings or data is refused; precision,
         data_dir and the run_kwargs other than seed and
         sample_every may change. Changed code is not noticed: then
         give another --output_dir, or --resume false. More

@@ -346,9 +346,9 @@ class Trainer:
     `step` averages the gradients over the processes, and
     training.Run averages batch norm's running statistics. What
     `step` returns is in the history as a mean over them, what is
-    measured is the first one's. All of them draw, but only the
-    first one writes and prints. A run can be continued only with
-    as many processes as it had.
+    given to run.end_epoch is the first one's. All of them draw,
+    but only the first one writes and prints. A run can be
+    continued only with as many processes as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -512,7 +512,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings or data is refused; num_epochs,
         score_every, precision, data_dir and the run_kwargs other
         than the seed may change. Changed code is not noticed:
         then give another --output_dir, or --resume false.

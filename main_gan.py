@@ -14,8 +14,9 @@ writes: mnist_GAN/. After every epoch: history.csv, run.html
         weights_epoch_{E}.pt (for sampling)
 differs from the paper: LeakyReLU and no dropout in D (there:
         maxout, dropout) and Adam (there: momentum), as in most GANs
-        since; smoothed labels and He weights in G, for reasons
-        that stand beside them
+        since; smoothed labels, see trainer_kwargs, and He
+        weights in G, see Generator; G learns from the images that
+        D has just seen (there: from new ones), which saves a pass
 expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.62,
         D(G(z)) 0.38, diversity 0.97 (see `fit`), losses 1.18
         and 1.22 (of D, of G); 3.4 min on one core of an AMD
@@ -72,7 +73,7 @@ run_kwargs = {
 def check_settings(settings):
     """Refuse impossible values, in one line and before any work.
 
-    settings: {key: value}. The other keys of dataset_kwargs are
+    settings: {key: value}. The keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
     training.Run. A common.BadInput ends with exit status 2.
 
@@ -149,7 +150,8 @@ class Discriminator(nn.Module):
 # For another loss, change these two functions, and give another
 # --output_dir. Where D's sigmoid is no longer a probability, D(x)
 # and D(G(z)) in `step` and the titles in `draw_curves` lose their
-# meaning. Both labels may need other values, too.
+# meaning. Both labels may need other values, too: 1 and 0 for
+# the squares of LSGAN.
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
@@ -237,9 +239,9 @@ class Trainer:
     changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes. What `step`
     returns is in the history as a mean over them, what is
-    measured is the first one's. All of them draw, but only the
-    first one writes and prints. A run can be continued only with
-    as many processes as it had.
+    given to run.end_epoch is the first one's. All of them draw,
+    but only the first one writes and prints. A run can be
+    continued only with as many processes as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, 1, H, W) are all its images as uint8, and
@@ -279,9 +281,9 @@ class Trainer:
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
         # The same in every epoch, and, by the seed, in a continued
-        # run: 16 for the pictures, all 500 for the diversity,
-        # which is measured against as many real images, in which
-        # load_data leaves nothing sorted.
+        # run: 16 for the pictures, all 500 for the diversity. It is
+        # measured against the first 500 real images, which are a
+        # fair sample, since load_data leaves nothing sorted.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
         self.real_distance = mean_distance(real_images)
@@ -343,7 +345,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings or data is refused; num_epochs,
         data_dir and the run_kwargs other than the seed may
         change. Changed code is not noticed: then give another
         --output_dir, or --resume false.

@@ -255,9 +255,9 @@ class Trainer:
     changed. All begin with equal networks, which stay equal:
     `step` averages the gradients over the processes. What `step`
     returns is in the history as a mean over them, what is
-    measured is the first one's. All of them draw, but only the
-    first one writes and prints. A run can be continued only with
-    as many processes as it had.
+    given to run.end_epoch is the first one's. All of them draw,
+    but only the first one writes and prints. A run can be
+    continued only with as many processes as it had.
 
     train, test: two common.Images, which lie on the device as
     a whole: train.pixels (M, 1, H, W) are all images as uint8,
@@ -410,7 +410,7 @@ class Trainer:
     def fit(self):
         """Train to num_epochs.
 
-        A checkpoint of other settings is refused; num_epochs,
+        A checkpoint of other settings or data is refused; num_epochs,
         precision, data_dir and the run_kwargs other than the seed
         may change. Changed code is not noticed: then give another
         --output_dir, or --resume false.
