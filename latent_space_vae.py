@@ -150,6 +150,25 @@ def look_of(label):
     return COLOURS[label % 10], (label + label // 10) % 10
 
 
+def places_of_names(places, labels, present):
+    """{label: (x, y)}: the middle of each class, or a
+    little above it where another name would be covered.
+    """
+    extent = (places.max(0).values - places.min(0).values).max().item()
+    width, height = 0.12 * extent, 0.028 * extent  # of a name
+    middles = []
+    for label in present:
+        x, y = places[labels == label].median(0).values.tolist()
+        middles.append((y, x, label))
+    names = []
+    for y, x, label in sorted(middles):
+        for other_y, other_x, _ in sorted(names):
+            if abs(x - other_x) < width and abs(y - other_y) < height:
+                y = other_y + height
+        names.append((y, x, label))
+    return {label: (x, y) for y, x, label in names}
+
+
 def save_scatter(places, labels, class_names, axis_names, title, path):
     """places (N, 2), labels (N,):
     one colour and one mark a class, and its name in its middle.
@@ -166,9 +185,9 @@ def save_scatter(places, labels, class_names, axis_names, title, path):
             name = "" if start else class_names[label]
             axes.scatter(x, y, s=9, color=colour, marker=MARKERS[shape], linewidths=0, label=name)
     outline = [withStroke(linewidth=3, foreground="white")]
-    for label in present[:20]:  # more would hide the marks
-        middle = places[labels == label].median(0).values  # (2,)
-        axes.annotate(class_names[label], middle, ha="center", weight="bold", path_effects=outline)
+    named = present[:20]  # more names would hide the marks
+    for label, place in places_of_names(places, labels, named).items():
+        axes.annotate(class_names[label], place, ha="center", weight="bold", path_effects=outline)
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1], aspect="equal")
     axes.set_title(title, fontsize=10)
     if len(present) > 1:

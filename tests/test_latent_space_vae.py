@@ -867,3 +867,14 @@ def test_what_cannot_be_is_one_line_and_status_2(options, words, tmp_path, monke
     assert words in told
     assert told.count("\n") == 1
     assert not list(tmp_path.glob("**/latents*"))
+
+
+def test_names_of_classes_that_lie_in_one_place_do_not_cover_one_another():
+    """Three classes lie on one point, a fourth at the far corner, where its name stays."""
+    places = torch.tensor([[0.0, 0.0], [0.0, 0.0], [0.0, 0.0], [10.0, 10.0]])
+    found = page.places_of_names(places, torch.arange(4), [0, 1, 2, 3])
+    heights = sorted(found[label][1] for label in (0, 1, 2))
+    assert heights[0] == 0.0
+    assert heights[1] - heights[0] >= 0.27
+    assert heights[2] - heights[1] >= 0.27
+    assert found[3] == (10.0, 10.0)
