@@ -48,13 +48,14 @@ expect: the default run needs a GPU, and was not tried. Much
             --score_features classifier --score_images 2000
             --precision bfloat16
         with seed 0; half an hour for the four on one core of an
-        AMD EPYC. The first period's discriminator loss, the last
-        period's, its generator loss, diversity and classifier
-        distance (lower is better):
-        gan       1.22   0.46   2.58  0.84  908
-        lsgan     0.32   0.07   0.38  0.83  742
-        wgan-gp  -3.85  -2.18  -6.57  0.96  268
-        r3gan     0.71   0.64   0.77  0.97  397
+        AMD EPYC. D's loss after the first period; then, after the
+        last one, D's and G's loss, the diversity, and the
+        classifier distance (lower is better):
+                 D first  D last  G last  diversity  distance
+        gan         1.22    0.46    2.58       0.84       908
+        lsgan       0.32    0.07    0.38       0.83       742
+        wgan-gp    -3.85   -2.18   -6.57       0.96       268
+        r3gan       0.71    0.64    0.77       0.97       397
         In gan and lsgan D wins, and the images stay bad. In r3gan
         it hardly tells a pair apart. In wgan-gp the penalty falls
         from 0.08 to 0.016, and only the difference of the logits
@@ -669,9 +670,9 @@ class Trainer:
 
         For another column in history.csv add a tensor of shape ()
         to the dict that is returned here or by
-        discriminator_step. A scalar of generator_step is returned
-        beside its loss, and unpacked here. For a curve
-        add it to `panels` in draw_curves.
+        discriminator_step. For a scalar of generator_step, return it
+        there beside the loss, and unpack it here. For a curve add
+        it to `panels` in draw_curves.
         """
         rows = []
         parts = real.chunk(self.d_steps)  # (N, C, H, W) each
