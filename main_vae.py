@@ -244,19 +244,20 @@ class Trainer:
     - run.save_weights writes what sampling needs: the networks,
       model_kwargs, and which data they learnt from.
 
-    At Ctrl-C the step under way is finished and checkpoint.pt is
-    written; the same command goes on with the next step. A run
-    that is killed loses the epoch under way. A loss that is no
-    longer finite ends the run.
+    At Ctrl-C the step under way is finished and
+    checkpoint.pt is written; the same command goes on with
+    the next step. A run that is killed loses the epoch
+    under way. A loss that is no longer finite ends the run.
 
-    Under torchrun each process has a batch, noise and, where
-    there are GPUs, a GPU of its own. They share the images of an
-    epoch, which has fewer steps then; the learning rate is not
-    changed. All begin with equal networks, which stay equal:
-    `step` averages the gradients over the processes. What `step`
-    returns is in the history as a mean over them, what is
-    given to run.end_epoch is the first one's. All of them draw,
-    but only the first one writes and prints. A run can be
+    Under torchrun each process has a batch, noise and,
+    where there are GPUs, a GPU of its own. They share the
+    images of an epoch, which has fewer steps then; the
+    learning rate is not changed. All begin with equal
+    networks, which stay equal: `step` averages the
+    gradients over the processes. What `step` returns is in
+    the history as a mean over them, what is given to
+    run.end_epoch is the first one's. All of them draw, but
+    only the first one writes and prints. A run can be
     continued only with as many processes as it had.
 
     train, test: two common.Images, which lie on the device as
