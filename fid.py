@@ -14,6 +14,7 @@ paper:  Heusel et al. 2017, https://arxiv.org/abs/1706.08500
         resize `clean`: Parmar et al. 2022,
         https://arxiv.org/abs/2104.11222
 run:    python fid.py --generated mnist_GAN/weights_epoch_20.pt --features classifier
+        python fid.py --generated my_samples/ --real my_photos/   (two folders of images)
 writes: scores/: {metric}_of_{generated}.json (with --real:
         _from_{real}), and .png (generated images above the
         real images nearest to them); .fid/ in the data's folder:
@@ -119,13 +120,13 @@ def frechet_distance(mu1, sigma1, mu2, sigma2):
 def distance_of_roots(mu1, root1, mu2, root2):
     """The same distance, from roots (d, r) of the covariances.
 
-    With S1 = R1 R1^T and S2 = R2 R2^T the matrix S1 S2 has the
-    nonzero eigenvalues of R2^T R1 R1^T R2, since A B and B A share
-    theirs. So they are the squared singular values of R1^T R2,
-    and the trace of (S1 S2)^(1/2), the sum of their square roots,
-    is the sum of the singular values. No number becomes complex,
-    as it may in the square root of a matrix, and small
-    eigenvalues keep their precision.
+    Let S1 = R1 R1^T, S2 = R2 R2^T and M = R1^T R2. Then S1 S2 has
+    the nonzero eigenvalues of M^T M, since A B and B A share
+    theirs, and these are the squared singular values of M. So the
+    trace of (S1 S2)^(1/2), the sum of their square roots, is the
+    sum of the singular values. No number becomes complex, as it
+    may in the square root of a matrix, and small eigenvalues keep
+    their precision.
     """
     traces = root1.square().sum() + root2.square().sum()
     apart = (mu1 - mu2).square().sum() + traces
@@ -142,9 +143,10 @@ def kernel_distance(real, fake, blocks=10):
     ones, minus twice that over pairs of one real and one
     generated image: the squared maximum mean discrepancy, eq. (4)
     of Binkowski et al. Unlike the distance above it does not grow
-    with fewer images. It is a mean over blocks that share no
-    image, whose spread gives the standard error. Images that fill
-    no block are left out.
+    with fewer images, and chance may make it a little less than 0.
+    It is a mean over blocks that share no image, whose spread
+    gives the standard error. Images that fill no block are left
+    out.
     """
     smaller = min(len(real), len(fake))
     blocks = min(blocks, smaller // 2)
@@ -224,7 +226,8 @@ class InceptionBlock(nn.Module):
     def forward(self, x):
         # branch_pool is the convolution that follows the pooling
         pooled = self.block.branch_pool(self.pool(x))
-        # the block's own pooled channels come last, and are cut off
+        # The block computes all its branches. The pooled one's
+        # channels come last, and `pooled` takes their place.
         return torch.cat([self.block(x)[:, : -pooled.shape[1]], pooled], dim=1)
 
 
@@ -430,12 +433,12 @@ def draw(generate, count, data, device):
     for index in order.split(250):
         made = generate(index.to(device))
         labelled = isinstance(made, tuple)
-        images, part = made if labelled else (made, index)  # index only fills the place
+        images, part = made if labelled else (made, index)  # without labels: numbers, never read
         images = images.reshape(len(index), *data["shape"])
         images = ((images + 1) * 127.5).round().clamp(0, 255)  # as if they were saved
         pixels.append(images.byte())
         labels.append(part)
-    back = order.argsort()
+    back = order.argsort()  # it undoes the shuffle: image i comes i-th again
     class_names = data["class_names"] if labelled else []
     pixels, labels = torch.cat(pixels)[back], torch.cat(labels)[back]
     return common.Images(
@@ -463,11 +466,13 @@ def compare_classes(real, fake, network, in_pixels):
         if network.classify:
             right = network.classify(made).argmax(1) == label
             asked[label] = right.double().mean().item()
-        # of 5,000 images, since the distances of all pairs fill the memory
+        # of the first 5,000 images, since the distances of all pairs fill the memory
         made = fake.images.pixels[:5000][theirs[:5000]]
         data = real.images.pixels[:5000][ours[:5000]]
         if in_pixels and min(len(made), len(data)) > 1:
-            diversity[label] = mean_distance(made) / mean_distance(data)
+            real_distance = mean_distance(data)
+            if real_distance > 0:  # else the real images of the class are all the same
+                diversity[label] = mean_distance(made) / real_distance
     return {
         "mean class distance": distances,
         "asked class": asked,
@@ -516,10 +521,10 @@ class Scorer:
         scorer = fid.Scorer(train, features="classifier", num_images=10000)
         print(scorer(generate))
 
-    generate returns an image for each entry of index (n,), the
-    numbers of the images that are wanted, below num_images. The
-    images are in [-1, 1], (n, C, H, W) or flattened. It may also
-    return their labels: (images, labels). scorer.name is the
+    index (n,) holds numbers of images, 0 to num_images - 1, and
+    generate returns as many images in [-1, 1], (n, C, H, W) or
+    flattened. A conditional one chooses their classes by these
+    numbers, and returns (images, labels). scorer.name is the
     column of the distance of all images. features: inception,
     classifier, or auto: Inception's if its weights can be
     downloaded, else the classifier's with a warning. Raises
@@ -575,7 +580,7 @@ def of_weights(path, count, seed, device):
         sample = script.load_generator(path).to(device)
 
     def generate(index):
-        if "embedding_dim" in kwargs:  # conditional: every class in turn, in [-1, 1]
+        if "embedding_dim" in kwargs:  # conditional: every class in turn; always in [-1, 1]
             labels = index % len(data["class_names"])
             return sample(z[index], labels), labels
         images = sample(z[index])
