@@ -21,8 +21,10 @@ writes: mnist_CGAN/. After every epoch: history.csv, run.html
         training.gif (the pictures over the epochs)
 differs from the papers: convolutions and learned class vectors
         (2014: fully connected layers, one-hot classes);
-        cross-entropy without spectral norm (2018: hinge, with
-        it); pictures and weights are of an averaged G (ema_decay)
+        cross-entropy, no spectral norm, D weighs every place of
+        its map (2018: hinge, with it, D sums over the places, and
+        G's batch norm depends on the class); pictures and weights
+        are of an averaged G (ema_decay)
 expect: MNIST, 20 epochs, seed 0, float32: with --score_every 5 a
         classifier sees the asked digit in 99.6 % of 10,000
         samples (98.3 % in the worst class); diversity within a
@@ -145,9 +147,9 @@ class Generator(nn.Module):
         layers.append(nn.Tanh())  # the range of the data
         self.model = nn.Sequential(*layers)
         self.apply(init_weights)
-        # With a standard deviation of 0.2 a class's vector is
-        # five times smaller than z. With 1, G ignored z, and all
-        # samples of a class were the same picture.
+        # With a standard deviation of 0.2 the entries of a class's
+        # vector are five times smaller than those of z. With 1, G
+        # ignored z, and all samples of a class were the same picture.
         nn.init.normal_(self.embedding.weight, 0.0, 0.2)
 
     def forward(self, z, labels):
@@ -382,13 +384,13 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, embedding_dim, feature_maps, conditioning, image_channels
         )
-        # Tensors, not numbers (see `step`): fill_ in `fit`
-        # or a checkpoint sets them, and Adam uses these.
+        # Tensors, so that a recorded step (see `step`) sees a
+        # new rate: fill_ in `fit` or a checkpoint changes it.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # every picture is drawn from these, so that epochs can be compared
+        # ten for the pictures, all for the diversity, at every epoch
         self.fixed_z = torch.randn(1000, latent_dim).to(train.device)
         index = torch.arange(1000, device=train.device)  # load_data leaves nothing sorted
         self.fixed_labels = index % len(train.class_names)
@@ -458,12 +460,13 @@ class Trainer:
         """ema = decay ema + (1 - decay) G, for
         weights and for batch norm's statistics.
 
-        After t steps the decay is (1 + t) / (10 + t), at most
-        ema_decay, so that the first weights are soon forgotten.
-        With 0.999 it is an average over about 1000 steps.
+        After t steps the decay is (1 + t) / (10 + t),
+        at most ema_decay, so that the first weights are
+        soon forgotten. With 0.999 it becomes an average
+        over about 1000 steps.
         """
-        # model[1] is a batch norm, which counts the steps in a
-        # tensor, as a recorded step must (see `step`)
+        # model[1] is a batch norm. Its counter of steps
+        # is a tensor, which a recorded step reads anew.
         t = self.generator.model[1].num_batches_tracked
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
         averaged = self.ema_generator.state_dict()  # references, not copies
@@ -494,8 +497,9 @@ class Trainer:
         """{column: value}: how varied the images
         of a class are, as a mean and in the worst.
 
-        1 is as varied as the data; towards 0 all
-        samples of a class become alike: mode collapse.
+        It is the mean distance of two samples of the class over
+        that of two real images: 1 is as varied as the data; towards
+        0 all samples of the class become alike: mode collapse.
         """
         samples = self.sample(self.fixed_z, self.fixed_labels)
         distances = distance_within_classes(samples, self.fixed_labels)
@@ -574,6 +578,7 @@ class Trainer:
         }
         if self.scorer:
             label = f"{self.scorer.name} (N {self.scorer.num_images:,})"
+            # of all samples, and the mean of the distances class by class
             panels[label] = [self.scorer.name, "mean class distance"]
             panels["share seen as the asked class"] = ["asked class", "asked class, worst"]
         title = f"main_cgan on {self.train.name}"
@@ -638,7 +643,7 @@ def load_generator(weights_path):
     Raises common.BadInput for any other file.
 
     To sample the digits 2, 0, 2 and 6:
-        generator = main_cgan.load_generator(path).requires_grad_(False)
+        generator = main_cgan.load_generator(path)
         images = generator.sample([2, 0, 2, 6])  # (4, C, H, W)
         common.save_grid(images, "samples.png", columns=4)
     """

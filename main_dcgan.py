@@ -306,8 +306,8 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # Tensors, not numbers (see `step`): fill_ in `fit`
-        # or a checkpoint sets them, and Adam uses these.
+        # Tensors, so that a recorded step (see `step`) sees a
+        # new rate: fill_ in `fit` or a checkpoint changes it.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
@@ -381,12 +381,13 @@ class Trainer:
         """ema = decay ema + (1 - decay) G, for
         weights and for batch norm's statistics.
 
-        After t steps the decay is (1 + t) / (10 + t), at most
-        ema_decay, so that the first weights are soon forgotten.
-        With 0.999 it is an average over about 1000 steps.
+        After t steps the decay is (1 + t) / (10 + t),
+        at most ema_decay, so that the first weights are
+        soon forgotten. With 0.999 it becomes an average
+        over about 1000 steps.
         """
-        # model[1] is a batch norm, which counts the steps in a
-        # tensor, as a recorded step must (see `step`)
+        # model[1] is a batch norm. Its counter of steps
+        # is a tensor, which a recorded step reads anew.
         t = self.generator.model[1].num_batches_tracked
         weight = (9 / (10 + t)).clamp(min=1 - self.ema_decay)  # 1 - decay
         averaged = self.ema_generator.state_dict()  # references, not copies

@@ -275,8 +275,8 @@ class Trainer:
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
         self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, not numbers (see `step`): fill_ in `fit`
-        # or a checkpoint sets them, and Adam uses these.
+        # Tensors, so that a recorded step (see `step`) sees a
+        # new rate: fill_ in `fit` or a checkpoint changes it.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
