@@ -163,12 +163,12 @@ class Run:
         self.networks = [part for part in state.values() if isinstance(part, torch.nn.Module)]
         self.sizes = [len(index) for index in train.epoch_batches(self.seed, 1, steps)]
         self.data = {**train.record(), "steps an epoch": len(self.sizes)}
+        if RANK:  # networks were built from equal seeds; noise is each process's own
+            torch.manual_seed(self.seed + 1_000_003 * RANK)
         if self.checkpoint:
             self.restore(self.checkpoint)
-            if self.history and num_epochs:  # a kill between two files leaves it a row behind
+            if self.history and num_epochs:  # a kill after checkpoint.pt leaves it a row behind
                 common.write(self.folder / "history.csv", self.history)
-        elif RANK:  # networks were built from equal seeds; noise is each process's own
-            torch.manual_seed(self.seed + 1_000_003 * RANK)
         if self.path.is_file() and not self.checkpoint and num_epochs and not RANK:
             self.set_aside()
         if self.epoch >= num_epochs > 0:
@@ -274,9 +274,9 @@ class Run:
         They are {column in words: tensor}, the same columns at
         each step of an epoch, and stay on the device: nothing
         waits for them. inputs are tensors, and `step` is always
-        the same function, since it is recorded. If the script was
-        changed where an epoch was interrupted, the means of this
-        epoch are over the steps since then.
+        the same function, since it is recorded. If it returns
+        other columns since an interruption in the epoch, this
+        epoch's means are over the steps since then.
         """
         recordable = self.cuda_graph and self.device.type == "cuda" and PROCESSES == 1
         if recordable and self.graph is None:
@@ -301,9 +301,6 @@ class Run:
         twice = ", ".join(name for name in measured if name in self.names)
         require(not twice, f"{twice}: `step` and end_epoch may not have a column of the same name")
         rows = self.check_losses()  # fewer than steps if columns are new since an interruption
-        finite = [p.isfinite().all() for network in self.networks for p in network.parameters()]
-        if not all(finite):
-            self.break_off("weights are no longer finite after " + self.count(self.epoch))
         done = self.sizes[: self.step]  # images of each step
         sizes = torch.tensor(done[-len(rows) :], dtype=torch.float64)
         means = (sizes[:, None] * rows).sum(0) / sizes.sum()
@@ -358,7 +355,7 @@ class Run:
         return f"{self.unit} {epoch * self.unit_size}"
 
     def check_losses(self):
-        """The epoch's scalars so far, on the host; breaks off at the first that is not finite."""
+        """The epoch's scalars so far, on the host. Breaks off if they or weights are not finite."""
         rows = torch.stack(self.rows[: self.step]).cpu()
         wrong = (~rows.isfinite()).nonzero().tolist()
         if wrong:
@@ -366,6 +363,10 @@ class Run:
             step = self.step - len(rows) + row + 1
             place = f"{self.count(self.epoch)}, step {step}"
             self.break_off(f"{self.names[column]} became {rows[row, column]} at {place}")
+        finite = [p.isfinite().all() for network in self.networks for p in network.parameters()]
+        if not all(finite):  # no loss has told yet
+            place = f"{self.count(self.epoch)}, step {self.step}"
+            self.break_off(f"weights are no longer finite after {place}")
         return rows
 
     def break_off(self, what):
@@ -470,7 +471,7 @@ def check_plain(settings):
 
 
 def check_writable(folder):
-    """Raises BadInput if nothing can be written there. It is made for its first file."""
+    """Raises BadInput if nothing can be written there; the first file makes the folder."""
     nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
         tempfile.TemporaryFile(dir=nearest).close()
@@ -538,7 +539,7 @@ class Graph:
     def record(self, inputs):
         self.inputs = [x.clone() for x in inputs]
         for network in self.run.networks:
-            network.zero_grad(set_to_none=True)  # they are made anew, in the graph's memory
+            network.zero_grad(set_to_none=True)  # gradients are made anew, in the graph's memory
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph):  # nothing is computed here, only recorded
@@ -550,6 +551,6 @@ class Graph:
                 "this step cannot be recorded as a CUDA graph; start again with "
                 f"--cuda_graph false ({error})"
             )
-        # detached, since smaller batches build a graph of gradients of their own
+        # the values alone, without what autograd recorded of them
         self.values = {name: value.detach() for name, value in values.items()}
         self.graph = graph

@@ -5,6 +5,7 @@ import math
 import os
 import pickle
 import random
+import signal
 from pathlib import Path
 
 import helpers
@@ -371,7 +372,7 @@ def test_a_scalar_that_cannot_be_kept_is_named(gan, here, monkeypatch):
         gan(num_epochs=1)
 
 
-@pytest.mark.parametrize("change", ["loss", "weights"])
+@pytest.mark.parametrize("change", ["loss", "weights", "weights, stopped"])
 def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
     change, gan, here, monkeypatch
 ):
@@ -385,14 +386,18 @@ def test_what_is_not_finite_stops_the_run_and_the_last_good_checkpoint_stays(
         calls.append(1)
         if change == "loss" and len(calls) >= 3:
             values["generator loss"] = values["generator loss"] * float("nan")
-        if change == "weights" and len(calls) == 9:  # the last of the epoch: no loss will tell
+        # the last step of the epoch, or before Ctrl-C: no loss will tell
+        if (change, len(calls)) in (("weights", 9), ("weights, stopped", 4)):
             trainer.generator.model[0].weight.data[0, 0] = float("inf")
+        if (change, len(calls)) == ("weights, stopped", 4):
+            trainer.run.on_signal(signal.SIGINT, None)
         return values
 
     monkeypatch.setattr(main_gan.Trainer, "step", broken)
     words = {
         "loss": "generator loss became nan at epoch 2, step 3",
-        "weights": "no longer finite after epoch 2",
+        "weights": "no longer finite after epoch 2, step 9",
+        "weights, stopped": "no longer finite after epoch 2, step 4",
     }
     with pytest.raises(common.BrokenOff, match=f"{words[change]}.*still holds epoch 1"):
         gan(num_epochs=3)
