@@ -388,14 +388,15 @@ class Images:
         passes = []
         for number in range(first_pass, last_pass + 1):
             passes.append(self.one_pass(seed, number)[:images_a_pass])
-        index = torch.cat(passes)[start % images_a_pass :][:length].to(self.device)
+        offset = start % images_a_pass  # where the epoch begins in its first pass
+        index = torch.cat(passes)[offset : offset + length].to(self.device)
         return [step.chunk(PROCESSES)[RANK] for step in index.split(images_a_step)]
 
     def one_pass(self, seed, number):
         """Indices of all images in the order of pass `number` (from 0)."""
         if not self.shuffle:
             return torch.arange(len(self))
-        # so far apart that no two seeds have a pass in common
+        # so far apart that no two seeds below 4,000 have a pass in common
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number + 1)
         return torch.randperm(len(self), generator=generator)
 
@@ -481,8 +482,9 @@ def load_data(
     """Load a data set as (train, test), two `Images` on the device. Raises BadInput.
 
     See `read_data_set` for what can be read, and `Images` for the last four keys.
-    allow_fallback: whether the bundled digits may stand in. jpeg_quality: that cub is
-    compressed with; 0: it is not. exclude_class: a label that is left out; -1 keeps all.
+    allow_fallback: whether the bundled digits may stand in. jpeg_quality: cub's images are
+    compressed with it and read again; 0: they are not. exclude_class: a label that is left
+    out; -1 keeps all.
     """
     require(batch_size >= 1, "batch_size must be at least 1")
     require(exclude_class >= -1, "exclude_class must be a label, or -1 to keep all")
@@ -769,12 +771,14 @@ def image_files(folder):
     folder = Path(folder)
     require(folder.is_dir(), f"there is no folder {folder}")
     paths = []
-    for path in sorted(folder.rglob("*")):
-        hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
-        if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
-            paths.append(path)
+    for place, _, names in os.walk(folder, followlinks=True):  # a class may be a linked folder
+        for name in names:
+            path = Path(place, name)
+            hidden = any(name.startswith(".") for name in path.relative_to(folder).parts)
+            if path.suffix.lower() in SUFFIXES and path.is_file() and not hidden:
+                paths.append(path)
     require(len(paths) > 1, f"{folder} holds {len(paths)} images; two are the least")
-    return paths
+    return sorted(paths)
 
 
 def class_of(path, folder):
@@ -814,7 +818,7 @@ def read_picture(path, size, channels, whole, jpeg_quality):
             buffer = io.BytesIO()
             image.save(buffer, "JPEG", quality=jpeg_quality)
             image = Image.open(buffer)
-        return np.asarray(ImageOps.fit(image, (size, size), bicubic))
+        return np.asarray(ImageOps.fit(image, (size, size), bicubic))  # as it is, if `whole`
     except Exception:  # a decoder may raise anything; the file is named by the caller
         return None
 

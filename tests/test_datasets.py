@@ -259,15 +259,18 @@ def test_folder_of_mixed_images(pictures, channels, capsys, monkeypatch):
 
 
 def test_a_folder_s_images_keep_their_labels_and_their_colours(tmp_path):
-    """Every image has a colour of its own, which tells its class."""
+    """Every image has a colour of its own, which tells its class. One class is a linked folder."""
+    images = tmp_path / "images"
     expected = {}
     for label, name in enumerate(("ant", "bee", "cat")):
-        (tmp_path / name).mkdir()
+        (images / name).mkdir(parents=True)
         for number in range(10):
             colour = (40 * label + 3 * number, 200 - 7 * number, 90 * label + 1)
-            Image.new("RGB", (9, 9), colour).save(tmp_path / name / f"{number}.png")
+            Image.new("RGB", (9, 9), colour).save(images / name / f"{number}.png")
             expected[colour] = label
-    splits = load("folder", tmp_path, image_channels=3, image_size=9)
+    (images / "bee").rename(tmp_path / "elsewhere")
+    (images / "bee").symlink_to(tmp_path / "elsewhere")
+    splits = load("folder", images, image_channels=3, image_size=9)
     assert [len(split) for split in splits] == [27, 3]
     found = {}
     for split in splits:
