@@ -4,8 +4,8 @@ reconstruction     the error of the decoder's picture from mu
 negative ELBO      the loss of training (beta 1), from sampled z
 KL                 its second part
 latent distance    from mu to the nearest training image's
-feature distance   the same in the encoder's last hidden layer,
-                   by direction, over the ten nearest
+feature distance   1 - cosine to the ten nearest, a mean, in
+                   the encoder's last hidden layer
 pixel distance     the same in pixels, without a network
 
 paper:  An and Cho 2015, Variational Autoencoder based Anomaly
@@ -156,7 +156,8 @@ def reconstruction_error(output, x):
     """-log p(x|z) up to a constant, summed over the pixels of each image x (N, C, H, W): (N,).
 
     Grey, x in [0, 1]: each pixel is a coin, and output its
-    logits. Colour, x in [-1, 1]: the squared error, which is
+    logits; a grey pixel costs something even where it is
+    matched. Colour, x in [-1, 1]: the squared error, which is
     -log p of a Gaussian of variance 1/2. output may be flat.
     """
     output = output.view_as(x)
@@ -174,10 +175,10 @@ class AnomalyScorer:
     reconstruction is from z = mu, so that there is no noise in
     its error. The feature distance is 1 - cosine between vectors
     of the encoder's last hidden layer, a mean over the ten
-    nearest training images. Their lengths do not count, since
-    they grow with the ink, and distances with them: a thin 1
-    would be close to everything, as it is by the other two
-    distances. An autoencoder, which has no KL, gives four scores.
+    nearest training images. The vectors' lengths do not count,
+    since they grow with the ink, and distances with them: images
+    with little ink would all be close to one another. An
+    autoencoder, which has no KL, gives four scores.
 
     A score of your own is a line in `score`; what it needs of the
     training images is kept in __init__. Threshold and table
@@ -291,13 +292,14 @@ def measure(clean, anomalous, threshold):
     average precision: the score of each anomaly is taken as a
     threshold in turn. Its precision is the share of anomalies
     among all images that score at least as high, and the mean
-    of these precisions is taken. The last two measures are
+    of these precisions is taken. Guessing gets the share of
+    anomalies among the images. The last two measures are
     the shares of clean and of anomalous images that score
     above the given threshold.
     """
     clean, anomalous = np.sort(clean), np.sort(anomalous)
-    # for each anomaly: how many clean images
-    # score lower, and how many not higher
+    # for each anomaly: how many clean images score lower, and
+    # how many not higher; the mean of both counts a tie half
     lower = np.searchsorted(clean, anomalous, "left")
     not_higher = np.searchsorted(clean, anomalous, "right")
     # how many score at least as high
@@ -317,7 +319,8 @@ def judge(clean, anomalous, threshold, resamples, random):
     The intervals are by the bootstrap: a resample draws as many
     scores as there are, with replacement, from the clean ones and
     from the anomalous ones. An interval holds the middle 95 % of
-    what is measured on the resamples.
+    what is measured on the resamples. The model and the threshold
+    stay as they are.
     """
     resampled = []
     for _ in range(resamples):
@@ -409,7 +412,8 @@ def choose_images(scorer, other_data, num_images):
     The clean ones are cut in three, so that no image sets the
     threshold on which it is judged, nor meets a distorted
     copy of itself. If a class was left out of training, it is
-    the first kind of anomaly.
+    the first kind of anomaly. To judge images of your own, add
+    them to what is returned: {name: (N, C, H, W) in [0, 1]}.
     """
     # here with the class that was left out of training, if there is one
     _, test = common.load_again(scorer.weights, scorer.train.data_dir, "cpu")
@@ -485,7 +489,7 @@ def detect(
     clean = Group("clean", judged, scorer(judged))
     groups = [Group(name, images, scorer(images)) for name, images in anomalies.items()]
     easy_first = sorted(groups, key=Group.median_error, reverse=True)
-    shown = groups[0] if scorer.left_out >= 0 else easy_first[-1]  # else the hardest kind
+    shown = groups[0] if scorer.left_out >= 0 else easy_first[-1]  # left out, or the hardest
 
     weights, count = scorer.weights, len(held_out)
     title = f"{common.describe_source(weights, scorer.train)}, epoch {weights['epoch']}"

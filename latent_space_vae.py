@@ -50,7 +50,7 @@ plane_kwargs = {
 }
 COLOURS = ["#3f90da", "#ffa90e", "#bd1f01", "#94a4a2", "#832db6"]
 COLOURS += ["#a96b59", "#e76300", "#b9ac70", "#717581", "#92dadd"]
-MARKERS = "os^DvPX*<p"  # colour alone never tells two classes apart
+MARKERS = "os^DvPX*<p"  # of ten classes, no two differ in colour alone
 MOST_PICTURES = 3_000_000  # bytes of the page's pictures; more of them are packed tighter
 MOST_BYTES = 8_000_000  # of the page; a larger one takes the next of PRECISIONS
 # (bits of a weight, share of the codes' variance that is kept)
@@ -72,6 +72,8 @@ def principal_axes(points):
     The axes are eigenvectors of the covariance. An axis and its
     opposite serve equally well, so the largest entry is made
     positive: the same points give the same picture every time.
+    For another projection return another mean, and other axes
+    of length 1 at right angles: the page goes back by them.
     """
     values, vectors = torch.linalg.eigh(torch.cov(points.T))  # ascending
     axes = vectors[:, -2:].T.flip(0)  # (2, D)
@@ -81,7 +83,7 @@ def principal_axes(points):
 
 
 def neighbours_accuracy(train, train_labels, test, test_labels, k):
-    """Share of test (M, D) whose class most of the k nearest of train (N, D) have.
+    """Share of test (M, D) whose class is the most frequent among the k nearest of train (N, D).
 
     A tie goes to the lower label.
     """
@@ -95,9 +97,9 @@ def linear_accuracy(train, train_labels, test, test_labels):
     """Share of test (M, D) that a logistic regression
     on train (N, D) puts into the right class.
 
-    Its loss is the cross-entropy. That is convex,
-    so every optimiser finds the same answer; the
-    small penalty makes it the only one.
+    Its loss is the cross-entropy, which is convex. The
+    small penalty makes it strictly so: there is one best
+    answer, and every optimiser finds it.
     """
     x = train.numpy()
     targets = F.one_hot(train_labels).numpy()  # (N, classes)
@@ -247,12 +249,12 @@ def describe_points(places, labels, numbers, class_names):
 
 
 def describe_codes(codes):
-    """mu of every code_step-th point, codes (N, D),
-    as bytes between code_low and code_high.
+    """mu of at most a thousand points, so that the page
+    can tell which are nearest to a drawing.
 
-    They are of a thousand points, so that the page can
-    tell which are nearest to a drawing, and of none where
-    D is above 64, since the page would grow too large.
+    Of codes (N, D) it is every code_step-th, as bytes between
+    code_low and code_high; and none where D is above 64, since
+    the page would grow too large.
     """
     step = math.ceil(len(codes) / 1000)
     low, high = codes.min().item(), codes.max().item()
@@ -266,9 +268,8 @@ def describe_codes(codes):
 def describe_errors(errors):
     """What the page knows of the reconstruction errors (N,) of the test images.
 
-    An image with an error above the threshold
-    would be called an anomaly. So are 5 % of the
-    test images, as in detect_vae_anomalies.py.
+    An image with an error above the threshold would be
+    called an anomaly: 5 % of the test images are above it.
     """
     threshold = np.percentile(errors.numpy(), 95)
     short = [round(error, 2) for error in errors.tolist()]
@@ -283,9 +284,9 @@ def make_linear(weight, bias):
 
 
 def narrow(to_mu, decoder, codes, share):
-    """The layers that give and take a code, each as two narrow ones.
+    """The layers that give and take a code, each as two narrow ones, for a smaller page.
 
-    codes (N, D) of the test images are mean + V c with few
+    codes (N, D) of the test images are nearly mean + V c with few
     columns in V (D, K): the directions that hold `share` of
     their variance. So mu = W h + b becomes mean + V c with
     c = V^T (W h + b - mean), and the decoder's first layer,
@@ -346,8 +347,8 @@ def encode(encoder, decoder, test):
     """mu (N, D) of all test images and the
     errors (N,) of their reconstructions, float64.
 
-    The reconstruction is from mu. A sample
-    of q(z|x) would only add noise to both.
+    The reconstruction is from mu: that of a sample of
+    q(z|x) would be noisier, and usually a worse one.
     """
     means, errors = [], []
     for index in torch.arange(len(test), device=test.device).split(500):
@@ -426,7 +427,7 @@ def survey(weights_path, output_dir, data_dir, *, num_points, neighbours, seed, 
 
 
 def in_words(row):
-    """Such as: plane, 21.0% of the variance: 10 nearest neighbours right 33.5%."""
+    """Such as: plane, 15.2% of the variance: 10 nearest neighbours right 35.2%."""
     (_, space), (_, share), *accuracies = row.items()
     right = ", ".join(f"{column} {value:.1%}" for column, value in accuracies)
     return f"{space}, {share:.1%} of the variance" + (f": {right}" if right else "")
