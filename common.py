@@ -538,8 +538,8 @@ def read_data_set(dataset_type, data_dir, channels, image_size, jpeg_quality, al
     except OSError as error:
         if name not in PLACES:
             raise
-        why = f"{name} is not in {data_dir}/ and could not be downloaded ({error})"
-        why = f"{why}; put {PLACES[name]} there"
+        why = f"{name} could be neither read from {data_dir}/ nor downloaded ({error})"
+        why = f"{why}; put {PLACES[name]} there, in place of what is there"
         require(allow_fallback, why)
         warn_of_fallback(name, why)
         splits, classes = load_digits(channels)

@@ -412,7 +412,7 @@ def test_download_without_an_answer_is_given_up(silent_server, monkeypatch, tmp_
     assert train.dataset_type == "digits"
     warning = capsys.readouterr().err
     assert "THIS IS NOT MNIST" in warning and "MNIST/raw" in warning
-    with pytest.raises(common.BadInput, match="mnist is not in .*; put MNIST/raw"):
+    with pytest.raises(common.BadInput, match="mnist could be neither read .*; put MNIST/raw"):
         load("mnist", tmp_path, allow_fallback=False)
 
 
@@ -545,7 +545,7 @@ def test_what_is_not_there_any_more_is_said(tmp_path, monkeypatch):
     helpers.cut_off_network(monkeypatch)
     helpers.write_mnist(tmp_path, monkeypatch)
     weights = recorded(load("mnist", tmp_path)[0], tmp_path)
-    with pytest.raises(common.BadInput, match="mnist is not in"):  # and no digits in its place
+    with pytest.raises(common.BadInput, match="mnist could be neither"):  # and no digits in its place
         common.load_again(weights, str(tmp_path / "elsewhere"), "cpu")
     own = recorded(load(helpers.OwnDataset())[0], tmp_path)
     with pytest.raises(common.BadInput, match=r"of a Dataset from Python \(OwnDataset\)"):

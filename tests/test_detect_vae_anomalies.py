@@ -518,7 +518,7 @@ def test_another_data_set_is_brought_into_shape_or_left_out(vae, capsys, monkeyp
     cut_off_network(monkeypatch)
     rows = run(vae, other_data="auto")
     told = capsys.readouterr().err
-    assert "left out: cifar10 is not in" in told and told.count("\n") == 1
+    assert "left out: cifar10 could be neither" in told and told.count("\n") == 1
     assert len(rows) == 6 * (CORRUPTIONS + 1)
 
 
@@ -528,7 +528,7 @@ def test_no_other_data_set_is_put_among_ones_own_pictures(tmp_path, monkeypatch,
     pixels, labels = torch.zeros(2, 1, 28, 28, dtype=torch.uint8), torch.zeros(2).long()
     train = common.Images(pixels, labels, ["a"], "folder mine", "folder", "mine")
     assert detect.load_others("auto", train, 10) == {}
-    assert "left out: mnist is not in data/" in capsys.readouterr().err
+    assert "left out: mnist could be neither read from data/" in capsys.readouterr().err
     assert not (tmp_path / "mine").exists()
 
 
