@@ -600,9 +600,9 @@ class Trainer:
     gradients over the processes, and training.Run averages batch
     norm's running statistics. What `step` returns is in the
     history as a mean over them; diversity and score are the first
-    one's. All of them draw, but only the first one writes and
-    prints. A run can be continued only with as many processes as
-    it had.
+    one's. All of them draw pictures, but only the first one
+    writes and prints. A run can be continued only with as many
+    processes as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -660,8 +660,8 @@ class Trainer:
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
-    # this Python: an `if` always takes the branch that it took
-    # then, a number keeps its value, and .item() is an error. So
+    # this Python: an `if` keeps the branch that was recorded, a
+    # number keeps its value, and .item() is an error. So
     # keep in a tensor what changes, as the learning rate is.
     # --cuda_graph false turns the recording off.
     def step(self, real):

@@ -12,13 +12,14 @@ writes: beside the weights: latent_space_interpolation.png,
         (closed walks), latent_space.html (the network itself
         in a page, with samples, sliders and walks to try; it
         is one file and needs no network connection)
-expect: main_vae on MNIST, 50 epochs: a step changes the pixels
-        1.27 times as much as a step of a plain cross-fade on
-        straight lines, 1.31 times on great circles, 1.38 times
-        between test images, which says how long the ways are and
-        not how good; 5 s on one core of an AMD EPYC; a page of
-        5.1 MB that draws 630 images a second in a browser there
-        (main_dcgan: 2.9 MB, 46 a second)
+expect: main_vae on MNIST, 50 epochs: a step of 10 images changes
+        the pixels 1.27 times as much as a step of a plain
+        cross-fade on straight lines, 1.31 times on great circles,
+        1.38 times between test images. That says how far a walk
+        goes in pixels, and not how good its images are. 5 s on
+        one core of an AMD EPYC; a page of 5.1 MB that draws 630
+        images a second in a browser there (main_dcgan: 2.9 MB, 46
+        a second)
 """
 
 import base64
@@ -47,7 +48,7 @@ picture_kwargs = {
     "seed": 0,  # of the points
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
 }
-MOST_BYTES = 8_000_000  # of the page; a larger one takes 11 bits a weight, not 16, or 8
+MOST_BYTES = 8_000_000  # a larger page is made again with 11 bits a weight, not 16, then 8
 
 
 def check_settings(settings):
@@ -95,7 +96,7 @@ def closed_walk(points, frames):
     """points (S, D) -> (S * frames, D): on great circles from
     each to the next, and from the last to the first.
     """
-    t = torch.arange(frames, device=points.device) / frames  # 1 is the next one's 0
+    t = torch.arange(frames, device=points.device) / frames  # not 1, which is the next one's 0
     following = points.roll(-1, 0)  # after the last comes the first
     return slerp(points, following, t).flatten(0, 1)
 
@@ -105,16 +106,17 @@ def evenness(images):
     how much each step changes, in units of a cross-fade.
 
     The change is the mean of |x' - x| over the pixels. A
-    cross-fade from the first image to the last has 1 everywhere.
-    The mean of a row is the length of its walk divided by that of
-    the shortest one between its ends, so it is never below 1 (but
-    0 where nothing changes). If all the change happens in one
-    step, that step is T - 1 times the mean.
+    cross-fade from the first image to the last has 1 everywhere,
+    and is as short as a walk between its ends can be. So the mean
+    of a row, the length of the walk over that of the cross-fade,
+    is never below 1 (but 0 where nothing changes). The ends have
+    to differ: a closed walk has no such length. If all the change
+    happens in one step, that step is T - 1 times the mean.
     """
     change = images.diff(dim=1).abs().flatten(2).mean(2)  # (N, T - 1)
     whole = (images[:, -1] - images[:, 0]).abs().flatten(1).mean(1)  # (N,)
     fade = whole / change.shape[1]
-    return change / fade.clamp(min=1e-9)[:, None]  # 0 where nothing changes at all
+    return change / fade.clamp(min=1e-9)[:, None]
 
 
 class Artist:
@@ -193,8 +195,8 @@ class Artist:
         return self.encode(self.choose_images(count))
 
     def spread(self):
-        """Mean and standard deviation of each latent, (D,) both:
-        of codes, or of N(0, I).
+        """Mean and standard deviation of each latent, (D,) both: of
+        test images' codes, or without an encoder of N(0, I).
         """
         if self.encoder is None:
             return torch.zeros(self.latent_dim), torch.ones(self.latent_dim)
@@ -216,6 +218,9 @@ class Panel:
 def test_image_panel(artist, rows, t):
     """Walks between the codes of test images.
     The images themselves stand at the ends.
+
+    For images of your choice set index to 2 * rows numbers of
+    test images, the starts first: tensor([3, 8, ...]).
     """
     index = artist.choose_images(2 * rows)
     images = artist.test.pixels[index][:, None] / 255  # (2 rows, 1, C, H, W)
@@ -346,8 +351,8 @@ class Weights:
         largest = values.flatten(0, -2).abs().amax(0).clamp(min=1e-30)  # (outputs,)
         scales = largest / (2 ** (self.bits - 1) - 1)
         whole = (values / scales).round().to(torch.int16)
-        # All low bytes, then all high ones. With fewer bits the
-        # high ones have fewer values, and gzip makes them small.
+        # All low bytes, then all high ones. With 11 bits the high
+        # ones have only 8 values, and gzip makes them small.
         halves = torch.stack([whole & 255, whole >> 8 & 255]).to(torch.uint8)
         place = self.append("int16", whole.numel(), halves)
         return {**place, "scales": self.add(scales)}
@@ -367,7 +372,7 @@ def export_plain(layer):
         return {"type": types[name]}
     if name == "LeakyReLU":
         return {"type": "leakyRelu", "slope": layer.negative_slope}
-    if name == "Upsample" and layer.mode == "nearest" and layer.scale_factor % 1 == 0:
+    if name == "Upsample" and layer.mode == "nearest" and layer.scale_factor in range(1, 17):
         return {"type": "upsample", "factor": int(layer.scale_factor)}
     if name == "AvgPool2d" and layer.stride == layer.kernel_size and layer.padding == 0:
         return {"type": "averagePool", "size": layer.kernel_size}
@@ -401,7 +406,7 @@ def export_conv(layer, weights):
 
 def export(module, weights):
     """The layers of a module as a list, as pages/network.js takes it.
-    `weights` gets their weights.
+    Their weights are added to `weights`, a Weights.
 
     Raises BadInput, which names the layer, if the page cannot run it.
     """
@@ -450,13 +455,15 @@ def export_network(artist, weights):
 def strongest_directions(artist, count):
     """The directions in z along which the image changes most, as the page takes them.
 
-    Least squares over N samples gives the map W of z (D) to the
-    pixels (P) that fits best: images = z W^T. With W = U S V^T,
+    They are those of a linear map in the generator's place. Least
+    squares over N samples gives the map W of z (D) to the pixels
+    (P) that fits best: images = z W^T. With W = U S V^T,
     the rows of V^T are orthogonal directions in z, and a step
-    along one of them changes the image by its singular value. The
-    squares of all of these add up to the variance that the map
-    gives to the pixels. z is in units of its standard deviations,
-    which are those of the prior, or, without one, of the samples.
+    along one of them changes the image by its singular value.
+    Where the latents are uncorrelated, the squares of all of these
+    add up to the variance that the map gives to the pixels. z is
+    in units of its standard deviations, which are those of the
+    prior, or, without one, of the samples.
     """
     number = max(2000, 4 * artist.latent_dim)
     points = artist.choose_points(number)  # (N, D)
@@ -532,8 +539,8 @@ def explore(weights_path, output_dir, data_dir, *, rows, steps, sweep, stops, fr
 
     A walk of your own is one more Panel in the list `panels`,
     whose picture has room for one more; with `change` it is also
-    in the table. Draw nothing at random for it, or the animation
-    and the page change.
+    in the table. Draw nothing at random for it, since animation
+    and page take the random numbers that follow.
     """
     device = common.choose_device(device)
     path = weights_path or common.newest_weights()

@@ -545,7 +545,8 @@ def test_what_is_not_there_any_more_is_said(tmp_path, monkeypatch):
     helpers.cut_off_network(monkeypatch)
     helpers.write_mnist(tmp_path, monkeypatch)
     weights = recorded(load("mnist", tmp_path)[0], tmp_path)
-    with pytest.raises(common.BadInput, match="mnist could be neither"):  # and no digits in its place
+    # and no digits in its place
+    with pytest.raises(common.BadInput, match="mnist could be neither"):
         common.load_again(weights, str(tmp_path / "elsewhere"), "cpu")
     own = recorded(load(helpers.OwnDataset())[0], tmp_path)
     with pytest.raises(common.BadInput, match=r"of a Dataset from Python \(OwnDataset\)"):
