@@ -15,7 +15,7 @@ writes: beside the weights: latents_space_2d.png,
         its error would give it away as an anomaly; it is one file
         and needs no connection)
 expect: main_vae on MNIST, 50 epochs, hidden_size 400: 10 nearest
-        neighbours are 96.3 % right on 32 latents and 35.2 % on
+        neighbours are 96.2 % right on 32 latents and 35.2 % on
         the plane; of 20 digits drawn in the page 19 are right; a
         page of 3.7 MB for 5,000 images, which encodes and decodes
         in 0.8 ms; 8 s on one core of an AMD EPYC

@@ -13,7 +13,7 @@ run:    python main_ae.py                   (all keys of the dicts are options)
         python main_ae.py --resume false    (start over; the old run moves to a folder of its own)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
-        python main_ae.py --dataset_type mnist --latent_dim 2 --output_dir mnist_VAE
+        python main_ae.py --dataset_type mnist --latent_dim 2 --output_dir mnist_VAE_2d
 writes: cifar10_VAE/. After every epoch: history.csv, run.html
         (open it to watch: pictures and curves), checkpoint.pt
         (also at Ctrl-C; the same command continues from it).
