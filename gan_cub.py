@@ -895,10 +895,10 @@ def main(
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
     your own with a length, here or in the dict above. It gives
-    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
-    floats in [0, 1], of any size, and an int from 0. Every image
-    is resized, not cropped, brought to three channels and kept as
-    uint8. A tenth of the images is held out, which this
+    (image, label). The image is Pillow's, or a tensor (C, H, W) of
+    uint8 or of floats in [0, 1]; the label is an int from 0. Every
+    image is resized, not cropped, brought to three channels and
+    kept as uint8. A tenth of the images is held out, which this
     script has no use for. `dataset.classes`, if there is such a
     list, names the labels.
     """

@@ -11,9 +11,10 @@ writes: cifar10_GAN/. After every epoch: history.csv, run.html
         After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
-differs from the paper: batches of 16 (there: 128)
-        and a normal z (there: uniform); pictures
-        and weights are of an averaged G (ema_decay)
+differs from the paper: batches of 16 (there: 128), kernels
+        of 4x4 (5x5), half as many channels, a normal z
+        (uniform); pictures and weights are of an averaged
+        G (ema_decay)
 expect: CIFAR-10, 10 epochs, seed 0, float32: shapes of
         cars, birds, ships; D(x) 0.75, D(G(z)) 0.25,
         diversity 0.98 (see `fit`); 43 min on one core of an AMD
@@ -47,7 +48,7 @@ dataset_kwargs = {
     "shuffle": True,  # a new order every epoch
     "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
-    "image_size": 0,  # 16 | 28 | 32 | 64; 0: the data's own (MNIST 28), else 32
+    "image_size": 0,  # 16 | 28 | 32 | 64; 0: the data's own (MNIST 28; a folder 32)
     "horizontal_flip": False,  # mirror half of the training images: not for digits
 }
 trainer_kwargs = {
@@ -70,7 +71,8 @@ run_kwargs = {
 }
 
 # {image_size: (side of the smallest feature
-# map, doublings from it to the image)}
+# map, doublings from it to the image)};
+# for another size add an entry
 SIDES = {16: (4, 2), 28: (7, 2), 32: (4, 3), 64: (4, 4)}
 
 
@@ -165,7 +167,7 @@ def init_weights(module):
     """Weights of convolutions from
     N(0, 0.02^2), as the paper says (section 4).
 
-    Batch norm's scales from N(1, 0.02^2), as in its authors' code.
+    Batch norm's scales from N(1, 0.02^2), as in DCGAN's authors' code.
     """
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
         nn.init.normal_(module.weight, 0.0, 0.02)
@@ -497,12 +499,12 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
     your own with a length, here or in the dict above. It gives
-    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
-    floats in [0, 1], of any size, and an int from 0. Every image
-    is resized, not cropped, brought to the network's channels and
-    kept as uint8. A tenth of the images is held out, which this
-    script has no use for. `dataset.classes`, if there is such a
-    list, names the labels.
+    (image, label). The image is Pillow's, or a tensor (C, H, W) of
+    uint8 or of floats in [0, 1]; the label is an int from 0. Every
+    image is resized, not cropped, brought to the network's
+    channels and kept as uint8. A tenth of the images is held
+    out, which this script has no use for. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):

@@ -281,10 +281,11 @@ class Trainer:
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # The same in every epoch, and, by the seed, in a continued
-        # run: 16 for the pictures, all 500 for the diversity. It is
-        # measured against the first 500 real images, which are a
-        # fair sample, since load_data leaves nothing sorted.
+        # The same in every epoch, and, by the seed, in
+        # a continued run: 16 for the pictures, all 500
+        # for the diversity. It is measured against the
+        # first 500 real images, which are a fair sample,
+        # since load_data leaves nothing sorted.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
         self.real_distance = mean_distance(real_images)
@@ -420,12 +421,12 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
 
     dataset_kwargs["dataset_type"] may also be a torch Dataset of
     your own with a length, here or in the dict above. It gives
-    (image, label): a Pillow image or a tensor (C, H, W), uint8 or
-    floats in [0, 1], of any size, and an int from 0. Every image
-    is resized, not cropped, brought to the network's channels and
-    kept as uint8. A tenth of the images is held out, which this
-    script has no use for. `dataset.classes`, if there is such a
-    list, names the labels.
+    (image, label). The image is Pillow's, or a tensor (C, H, W) of
+    uint8 or of floats in [0, 1]; the label is an int from 0. Every
+    image is resized, not cropped, brought to the network's
+    channels and kept as uint8. A tenth of the images is held
+    out, which this script has no use for. `dataset.classes`, if
+    there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **trainer_kwargs})
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
