@@ -169,7 +169,7 @@ def choose_device(device):
         require(int(wanted) <= there, few)
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
-        torch.zeros(1, device=device)
+        torch.zeros(1, device=device).item()  # meta has no values
     except Exception as error:  # each kind of device has its own
         reason = str(error).partition("\n")[0]
         raise BadInput(f"device {device!r} cannot be used here: {reason}")

@@ -55,6 +55,7 @@ def gan(here):
         (["--dataset_type", "folder", "--data_dir", "no/such"], "there is no folder no/such"),
         (["--dataset_type", "folder", "--data_dir", "."], "0 images"),
         (["--device", "cuda:77"], "cannot be used here"),
+        (["--device", "meta"], "cannot be used here"),
     ],
 )
 def test_a_refusal_says_what_is_legal(options, words, here, capsys):
