@@ -183,7 +183,12 @@ def test_all_processes_look_at_losses_when_the_first_one_does(
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
     asked = []
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: asked.append(str(device)))
+
+    def zeros(size, device):
+        asked.append(str(device))
+        return torch.ones(size)
+
+    monkeypatch.setattr(torch, "zeros", zeros)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(common, "PROCESSES", 2)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -208,7 +213,7 @@ def test_each_process_has_a_gpu_of_its_own(rank, monkeypatch):
     [(True, True, "cuda"), (True, False, "cuda"), (False, True, "mps"), (False, False, "cpu")],
 )
 def test_auto_takes_the_fastest_device_that_there_is(cuda, mps, chosen, monkeypatch):
-    monkeypatch.setattr(torch, "zeros", lambda *_, device: None)
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: int(cuda))
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
