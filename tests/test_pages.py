@@ -362,6 +362,7 @@ def test_codes_in_few_directions_pass_through_narrow_layers_unchanged():
         nn.Conv2d(4, 4, kernel_size=(1, 3)),
         nn.ConvTranspose2d(4, 4, kernel_size=3, stride=2, output_padding=1),
         nn.Upsample(scale_factor=2, mode="bilinear"),
+        nn.Upsample(size=8),
         nn.AvgPool2d(3, stride=2),
     ],
 )
