@@ -4,9 +4,9 @@ reconstruction     the error of the decoder's picture from mu
 negative ELBO      the loss of training (beta 1), from sampled z
 KL                 its second part
 latent distance    from mu to the nearest training image's
+pixel distance     the same in pixels, without a network
 feature distance   1 - cosine to the ten nearest, a mean, in
                    the encoder's last hidden layer
-pixel distance     the same in pixels, without a network
 
 paper:  An and Cho 2015, Variational Autoencoder based Anomaly
         Detection using Reconstruction Probability, Special
@@ -414,7 +414,7 @@ def choose_images(scorer, other_data, num_images):
     threshold on which it is judged, nor meets a distorted
     copy of itself. If a class was left out of training, it is
     the first kind of anomaly. To judge images of your own, add
-    them to what is returned: {name: (N, C, H, W) in [0, 1]}.
+    {name: images (N, C, H, W) in [0, 1]} to the dict returned.
     """
     # here with the class that was left out of training, if there is one
     _, test = common.load_again(scorer.weights, scorer.train.data_dir, "cpu")

@@ -433,7 +433,8 @@ def draw(generate, count, data, device):
     for index in order.split(250):
         made = generate(index.to(device))
         labelled = isinstance(made, tuple)
-        images, part = made if labelled else (made, index)  # without labels: numbers, never read
+        # where there are no labels, the numbers fill their place, unread
+        images, part = made if labelled else (made, index)
         images = images.reshape(len(index), *data["shape"])
         images = ((images + 1) * 127.5).round().clamp(0, 255)  # as if they were saved
         pixels.append(images.byte())

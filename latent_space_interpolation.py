@@ -12,8 +12,8 @@ writes: beside the weights: latent_space_interpolation.png,
         (closed walks), latent_space.html (the network itself
         in a page, with samples, sliders and walks to try; it
         is one file and needs no network connection)
-expect: main_vae on MNIST, 50 epochs: a step of 10 images changes
-        the pixels 1.27 times as much as a step of a plain
+expect: main_vae on MNIST, 50 epochs, walks of 10 images: a step
+        changes the pixels 1.27 times as much as a step of a plain
         cross-fade on straight lines, 1.31 times on great circles,
         1.38 times between test images. That says how far a walk
         goes in pixels, and not how good its images are. 5 s on

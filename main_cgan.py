@@ -391,7 +391,7 @@ class Trainer:
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # ten for the pictures, all for the diversity, at every epoch
+        # the same at every epoch: ten for pictures, all for diversity
         self.fixed_z = torch.randn(1000, latent_dim).to(train.device)
         index = torch.arange(1000, device=train.device)  # load_data leaves nothing sorted
         self.fixed_labels = index % len(train.class_names)
