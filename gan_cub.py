@@ -27,9 +27,9 @@ writes: cub_GAN/. After every period of sample_every iterations:
         interpolations_{I}.png, fid_vs_iterations.png (the curves
         and the score; train_loss_curve.png if there is no
         score), weights_iteration_{I}.pt and, of the best score,
-        weights_best.pt (both for sampling). An experiment writes
-        there such a folder for each setting, {experiment}.png
-        and {experiment}.csv
+        weights_best.pt (both for sampling). An experiment makes
+        such a folder for each setting in there, and writes
+        {experiment}.png and {experiment}.csv beside them
 differs from the papers: networks, Adam, the rate that falls
         to 0 and the five steps of D are those of the course, for
         all losses, so that they can be compared (r3gan takes one
@@ -48,8 +48,8 @@ expect: the default run needs a GPU, and was not tried. Much
             --score_features classifier --score_images 2000
             --precision bfloat16
         with seed 0; half an hour for the four on one core of an
-        AMD EPYC. D's loss after the first period; then, after the
-        last one, D's and G's loss, the diversity, and the
+        AMD EPYC. D's mean loss in the first period; then, of the
+        last one, D's and G's mean loss, the diversity, and the
         classifier distance (lower is better):
                  D first  D last  G last  diversity  distance
         gan         1.22    0.46    2.58       0.84       908
@@ -58,12 +58,11 @@ expect: the default run needs a GPU, and was not tried. Much
         r3gan       0.71    0.64    0.77       0.97       397
         In gan and lsgan D wins, and the images stay bad. In r3gan
         it hardly tells a pair apart. In wgan-gp the penalty falls
-        from 0.08 to 0.016, and only the difference of the logits
-        means something. r3gan with lr 0.0004 reaches 337 after
-        4,500 iterations, and 236 after 16,000, 41 min; with
-        feature_maps 64 and horizontal_flip 199, 95 min. After
-        30,000, with lr 0.0002, gan is at 909, lsgan at 560,
-        wgan-gp at 210 and r3gan at 267 (25, 24, 46 and 88 min)
+        from 0.08 to 0.016. r3gan with lr 0.0004 reaches 337 after
+        4,500 iterations, and 236 after 16,000, 41 min; 16,000
+        with feature_maps 64 and horizontal_flip reach 199, 95
+        min. After 30,000, with lr 0.0002, gan is at 909, lsgan at
+        560, wgan-gp at 210 and r3gan at 267 (25, 24, 46, 88 min)
 """
 
 import dataclasses
@@ -79,6 +78,12 @@ import common  # data sets, pictures and weights files
 import fid  # scores
 import training  # the frame of a run: epochs, history, checkpoints
 
+# A key of your own goes into trainer_kwargs and the
+# parameters of Trainer.__init__. One that shapes a
+# network goes into model_kwargs, the parameters of
+# Trainer.__init__ and of make_networks, and the
+# network; for G also into load_generator.
+# Checkpoints that were made without it are refused.
 model_kwargs = {
     "latent_dim": 128,  # entries of the latent vector z ~ N(0, I); at least 2
     "feature_maps": 128,  # channels of every layer, in both networks
@@ -92,14 +97,14 @@ dataset_kwargs = {
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 32,  # 16 | 32 | 64 pixels a side; cub is squeezed, not cropped
     "jpeg_quality": 0,  # of cub only: 75 compresses as the course did; 0: not at all
-    "horizontal_flip": False,  # mirror half of the training images: not for digits
+    "horizontal_flip": False,  # mirror training images with probability 1/2: not for digits
 }
 trainer_kwargs = {
     "loss": "wgan-gp",  # gan | lsgan | wgan-gp | r3gan; see LOSSES
     "num_iterations": 30000,  # steps of D, over which the learning rate falls to 0
-    "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: the loss's
+    "d_steps": 0,  # steps of D for one of G, a divisor of sample_every; 0: see LOSS_DEFAULTS
     "lr": 0.0002,  # Adam's learning rate at the start, of both networks
-    "penalty_weight": -1.0,  # of the penalty on D's slope; 0: none; -1: the loss's own
+    "penalty_weight": -1.0,  # of the penalty on D's slope; 0: none; -1: see LOSS_DEFAULTS
     "ema_decay": 0.999,  # the averaged G is shown, saved and scored; 0: G itself
     "precision": "auto",  # auto | float32 | bfloat16; auto: bfloat16 where it is fast
     "score_features": "auto",  # inception (the FID) | classifier | auto: see make_scorer
@@ -111,7 +116,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over; the old run is moved aside
     "sample_every": 1000,  # iterations between scores, pictures and weights
 }
 experiment_kwargs = {
@@ -164,12 +169,6 @@ def check_settings(settings):
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
     training.Run. A common.BadInput ends with exit status 2.
-
-    A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes a network goes into
-    model_kwargs and the same parameters, and from there through
-    make_networks (for G also load_generator) to the network.
-    Checkpoints that were made without the key are refused.
     """
     common.require(settings["latent_dim"] >= 2, "latent_dim must be at least 2")
     common.require(settings["image_size"] in (16, 32, 64), "image_size must be 16, 32 or 64")
@@ -179,8 +178,8 @@ def check_settings(settings):
     common.require(settings["num_iterations"] >= 0, "num_iterations must be at least 0")
     common.require(settings["d_steps"] >= 0, "d_steps must be at least 1, or 0 for the loss's own")
     weight = settings["penalty_weight"]
-    legal_weight = "penalty_weight must be at least 0, or -1 for the loss's own"
-    common.require(weight >= 0 or weight == -1, legal_weight)
+    message = "penalty_weight must be at least 0, or -1 for the loss's own"
+    common.require(weight >= 0 or weight == -1, message)
     common.require(settings["lr"] > 0, "lr must be above 0")
     common.require(0 <= settings["ema_decay"] < 1, "ema_decay must be at least 0 and below 1")
     legal = {
@@ -193,8 +192,8 @@ def check_settings(settings):
     count = settings["score_images"]
     common.require(count == 0 or count >= 2, "score_images must be at least 2, or 0 for no scores")
     every = settings["sample_every"]
-    whole = settings["num_iterations"] % every == 0
-    common.require(whole, f"num_iterations must be a multiple of sample_every, {every}")
+    divides = settings["num_iterations"] % every == 0
+    common.require(divides, f"num_iterations must be a multiple of sample_every, {every}")
     d_steps, _ = suit_loss(settings["loss"], settings["d_steps"], weight)
     common.require(every % d_steps == 0, f"sample_every must be a multiple of d_steps, {d_steps}")
 
@@ -340,8 +339,8 @@ class Discriminator(nn.Module):
 
 
 def gan_discriminator_loss(real_logits, fake_logits):
-    """-log D(x) - log(1 - D(G(z))), D the sigmoid of the logit;
-    Goodfellow et al., eq. (1).
+    """-log D(x) - log(1 - D(G(z))), where D is the
+    sigmoid of the logit; Goodfellow et al., eq. (1).
 
     Both terms are means over the batch, here and below. It is
     2 log 2 = 1.386 where D cannot tell the two apart and is 1/2
@@ -366,7 +365,7 @@ def gan_generator_loss(fake_logits):
 
 
 def lsgan_discriminator_loss(real_logits, fake_logits):
-    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, D the logit;
+    """(D(x) - 1)^2 / 2 + D(G(z))^2 / 2, where D is the logit;
     Mao et al., eq. (2) with a = 0, b = 1.
 
     The square pulls logits to 1 and 0, where the cross-entropy
@@ -379,7 +378,7 @@ def lsgan_discriminator_loss(real_logits, fake_logits):
 
 
 def lsgan_generator_loss(fake_logits):
-    """(D(G(z)) - 1)^2 / 2, D the logit;
+    """(D(G(z)) - 1)^2 / 2, where D is the logit;
     Mao et al., eq. (2) with c = 1.
 
     The authors' argument: images far from 1 are still pulled where
@@ -389,7 +388,7 @@ def lsgan_generator_loss(fake_logits):
 
 
 def wgan_discriminator_loss(real_logits, fake_logits):
-    """D(G(z)) - D(x), D the logit;
+    """D(G(z)) - D(x), where D is the logit;
     Gulrajani et al., eq. (3), to which the penalty is added.
 
     Only the difference counts, so the level of the logits may
@@ -400,17 +399,19 @@ def wgan_discriminator_loss(real_logits, fake_logits):
 
 
 def wgan_generator_loss(fake_logits):
-    """-D(G(z)), D the logit; Gulrajani et al., algorithm 1."""
+    """-D(G(z)), where D is the logit; Gulrajani et al., algorithm 1."""
     return -fake_logits.mean()
 
 
 def r3gan_discriminator_loss(real_logits, fake_logits):
-    """softplus(D(G(z)) - D(x)), D the logit; Huang et al., eq. (2).
+    """softplus(D(G(z)) - D(x)), where D is the logit;
+    Huang et al., eq. (2).
 
     D need not say how real an image is, only which image of a
     pair is the real one: of the i-th real and the i-th generated.
-    The authors' argument: each real image is somebody's rival, so
-    a G that leaves out a kind of images loses to those.
+    The authors' argument: every real image is compared with a
+    generated one, so a G that leaves out a kind of images loses
+    those pairs.
     softplus(t) = log(1 + e^t), mean over the pairs:
     log 2 = 0.693 where D cannot tell.
     """
@@ -445,14 +446,14 @@ def gradient_penalty(critic, real, fake, epsilon):
     """(|gradient of the critic at epsilon x +
     (1 - epsilon) G(z)| - 1)^2, mean over the batch.
 
-    Gulrajani et al., eq. (3); the norm is over C, H and W. It
-    holds the slope of the critic, as a WGAN's D is called, near
-    1: without a bound on it the critic could lower its loss for
-    ever. It is taken between real and generated images, because
-    an optimal critic has slope 1 on the straight lines that join
-    real and generated images as optimal transport pairs them.
-    real, fake (N, C, H, W); epsilon (N, 1, 1, 1)
-    in [0, 1).
+    Gulrajani et al., eq. (3); the norm is over C, H and W. The
+    critic, as a WGAN's D is called, is held to a slope near 1:
+    without a bound it could lower its loss for ever. The gradient
+    is taken between real and generated images, because an optimal
+    critic has slope 1 on the straight lines that join them as
+    optimal transport pairs them; the paper's pairs are random,
+    and so are these. real, fake (N, C, H, W); epsilon
+    (N, 1, 1, 1) in [0, 1).
     """
     mixed = epsilon * real + (1 - epsilon) * fake  # (N, C, H, W)
     mixed = mixed.detach().requires_grad_()
@@ -484,7 +485,7 @@ def zero_centred_penalty(images, logits):
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...):
+    """Mean Euclidean distance over all pairs of images (N, ...):
     0 when all are alike.
     """
     # on the CPU, since not every device has pdist
@@ -596,14 +597,14 @@ class Trainer:
 
     Under torchrun each process has a batch, noise and, where
     there are GPUs, a GPU of its own. The learning rate is not
-    changed, and a period has as many iterations. All begin with
-    equal networks, which stay equal: `step` averages the
-    gradients over the processes, and training.Run averages batch
-    norm's running statistics. What `step` returns is in the
-    history as a mean over them; diversity and score are the first
-    one's. All of them draw pictures, but only the first one
-    writes and prints. A run can be continued only with as many
-    processes as it had.
+    changed, and a period has as many iterations. All begin
+    with equal networks, which stay equal: `step` averages the
+    gradients over the processes, and training.Run averages
+    batch norm's running statistics. What `step` returns is in
+    the history as a mean over them; diversity and score are
+    the first one's. Only the first one writes files and
+    prints. A run can be continued only with as many processes
+    as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -637,14 +638,14 @@ class Trainer:
         self.d_steps, self.penalty_weight = suit_loss(loss, d_steps, penalty_weight)
         # One call of `step` takes the batches of d_steps iterations at once.
         self.train = dataclasses.replace(train, batch_size=train.batch_size * self.d_steps)
-        scored = score_images if num_iterations else 0
-        self.scorer = make_scorer(train, score_features, scored)
+        count = score_images if num_iterations else 0  # untrained networks are not scored
+        self.scorer = make_scorer(train, score_features, count)
         self.bfloat16 = common.use_bfloat16(precision, train.device)
         networks = make_networks(latent_dim, feature_maps, train.pixels.shape[1:], train.device)
         self.generator, self.ema_generator, self.discriminator = networks
-        # A tensor, not a number (see `step`). Both optimisers hold
-        # it. A checkpoint sets its value, and they keep using it.
-        self.first_lr, self.lr = lr, torch.tensor(lr, device=train.device)
+        self.first_lr = lr
+        # A tensor (see `step`). Both Adams hold it, also in a continued run.
+        self.lr = torch.tensor(lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.lr)
         # for all pictures, so that they can be compared; drawn
@@ -788,9 +789,6 @@ class Trainer:
         give another --output_dir, or --resume false. More
         iterations than were planned need a new run, too, since by
         them the learning rate falls to 0.
-
-        One pass over the images follows another without
-        end, and a period begins where the last one ended.
         """
         run = self.run
         state = {
@@ -805,15 +803,16 @@ class Trainer:
         calls = size // self.d_steps  # of `step` in a period
         # unit and unit_size only change what is written: after
         # period p it says "iteration" p * size
-        for period in run.epochs(
+        epochs = run.epochs(
             self.train, state, periods, steps=calls, unit="iteration", unit_size=size
-        ):
+        )
+        for period in epochs:
             # here, since it is run.epochs that restores the history
             refuse_other_score(self.run.history, self.scorer)
-            for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]; labels
+            for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]
                 run.train_step(self.step, images)
                 # pictures every 100 iterations go here:
-                # done = (run.step + 1) * self.d_steps  # in this period
+                # done = (run.step + 1) * self.d_steps  # it grows by d_steps
                 # if done % 100 < self.d_steps:
                 #     self.draw((period - 1) * size + done)
             self.evaluate(period * size)
@@ -823,8 +822,10 @@ class Trainer:
         history, its weights and its pictures.
         """
         run = self.run
-        some = torch.arange(min(100, len(self.train)), device=self.train.device)
-        real_distance = mean_distance(self.train.batch(some)[0])
+        # of the first hundred real images: load_data leaves nothing sorted
+        index = torch.arange(min(100, len(self.train)), device=self.train.device)
+        real_images, _ = self.train.batch(index)
+        real_distance = mean_distance(real_images)
         # 1: as varied as the data; towards 0: all alike
         # (mode collapse); above 1: often noise. For another column,
         # measured once a period, add it to this dict.
@@ -975,17 +976,18 @@ def draw_comparison(trainers, path):
     figure = Figure(figsize=(4 * (1 + len(trainers)), 4.5), layout="constrained")
     curves, *pictures = figure.subplots(1, 1 + len(trainers))
     for axes, (name, trainer) in zip(pictures, trainers.items()):
-        scorer, history = trainer.scorer, trainer.run.history
+        history = trainer.run.history
         iterations = [row["iteration"] for row in history]
-        scores = [row[scorer.name] for row in history]
+        scores = [row[trainer.scorer.name] for row in history]
         curves.plot(iterations, scores, marker="o", markersize=3, label=name)
         axes.imshow(image.imread(trainer.folder / f"samples_{iterations[-1]}.png"))
         axes.set(title=f"{name}: {scores[-1]:.4g}", xticks=[], yticks=[])
-    label = f"{scorer.name} (N {scorer.num_images:,})"
+    first = list(trainers.values())[0]
+    label = f"{first.scorer.name} (N {first.scorer.num_images:,})"
     curves.set(xlabel="iteration", ylabel=label, xlim=(0, None), ylim=(0, None))
     curves.grid(alpha=0.3)
     curves.legend()
-    title = f"gan_cub on {trainer.train.name}: {scorer.name}, and samples after the last iteration"
+    title = f"gan_cub on {first.train.name}: {first.scorer.name}, and the last samples"
     figure.suptitle(title, fontsize=10, parse_math=False)  # a folder may have $ in its name
     common.write(path, figure)
 

@@ -3,6 +3,8 @@ also on grey images such as MNIST.
 
 paper:  Kingma and Welling 2013, Auto-Encoding Variational
         Bayes, https://arxiv.org/abs/1312.6114
+        Higgins et al. 2017, beta-VAE,
+        https://openreview.net/forum?id=Sy2fzU9gl
         Burgess et al. 2018, Understanding disentangling in
         beta-VAE, https://arxiv.org/abs/1804.03599
 courses: CMU 16-824, Visual Learning and Recognition,
@@ -21,13 +23,13 @@ writes: cifar10_VAE/. After every epoch: history.csv, run.html
         generated_image_epoch_{E}.png,
         reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
         latent_space_epoch_{E}.png (if latent_dim is 2),
-        weights_epoch_{E}.pt (for sampling). An experiment writes
-        there such a folder for each setting, {experiment}.png
-        and {experiment}.csv
-differs from the papers: Burgess et al. pull the KL to a growing
-        target, while here it is only multiplied by beta; the
-        networks are the courses'; gradients are clipped, in
-        colour as at CMU
+        weights_epoch_{E}.pt (for sampling). An experiment makes
+        such a folder for each setting in there, and writes
+        {experiment}.png and {experiment}.csv beside them
+differs from the papers: the KL is multiplied by beta, as in
+        Higgins et al., while Burgess et al. pull it to a growing
+        target; the networks are the courses'; gradients are
+        clipped, as at CMU
 differs from the courses: pictures, weights files and tests are of
         averaged networks, which are steadier; bfloat16; the grey
         networks of Exercise 1, whose sizes did not fit together,
@@ -54,11 +56,17 @@ from torch.nn import functional as F
 import common  # data sets, pictures and weights files
 import training  # the frame of a run: epochs, history, checkpoints
 
+# A key of your own goes into trainer_kwargs and the
+# parameters of Trainer.__init__. One that shapes a
+# network goes into model_kwargs, the parameters of
+# Trainer.__init__ and of make_networks, and the
+# network.
+# Checkpoints that were made without it are refused.
 model_kwargs = {
     "model_type": "vae",  # ae | vae; ae has neither noise nor KL; see also beta
     "latent_dim": 1024,  # entries of the latent vector z
-    "feature_maps": 32,  # channels of the first layer; they double as the side halves
-    "image_channels": 3,  # 3 colour, 1 grey (MNIST always), with networks and a loss of its own
+    "feature_maps": 32,  # channels of the first layer, doubled whenever the side is halved
+    "image_channels": 3,  # 3 colour, 1 grey (both MNISTs always), with its own networks and loss
 }
 # Your own images: a folder of them (dataset_type
 # "folder"), or from Python any torch Dataset in
@@ -86,7 +94,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over; the old run is moved aside
     "sample_every": 5,  # epochs between pictures and weights; first and last have them
 }
 experiment_kwargs = {
@@ -125,12 +133,6 @@ def check_settings(settings):
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
     training.Run. A common.BadInput ends with exit status 2.
-
-    A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes a network goes into
-    model_kwargs, the parameters of Trainer.__init__, make_networks
-    (also where it is called there) and the network. Checkpoints
-    that were made without the key are refused.
     """
     legal_values = {
         "model_type": ("ae", "vae"),
@@ -315,16 +317,17 @@ def keep_freed_memory():
 
     It changes only the speed. By itself the C library gives
     back the memory of large tensors in each step, and asks
-    for it again in the next. Without that a step is 15 %
-    faster: 1.13 s instead of 1.33 s (float32, one core of an
-    AMD EPYC, torch 2.14).
+    for it again in the next. Where it does not, a step took
+    1.13 s instead of 1.33 s (float32, one core of an AMD
+    EPYC, torch 2.14).
     """
     if sys.platform != "linux":
         return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # from the C library's malloc.h
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):  # other C libraries may have none
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap does not shrink
+        libc.mallopt(M_MMAP_MAX, 0)  # no block is mapped on its own
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # the heap does not shrink
 
 
 def reparameterize(mu, logvar):
@@ -403,11 +406,11 @@ class Trainer:
     images of an epoch, which has fewer steps then; the
     learning rate is not changed. All begin with equal
     networks, which stay equal: `step` averages the
-    gradients over the processes. What `step` returns is in
-    the history as a mean over them, what is given to
-    run.end_epoch is the first one's. All of them draw
-    pictures, but only the first one writes and prints. A run
-    can be continued only with as many processes as it had.
+    gradients over the processes. What `step` returns is
+    in the history as a mean over them, what is given to
+    run.end_epoch is the first one's. Only the first one
+    writes files and prints. A run can be continued only
+    with as many processes as it had.
 
     train, test: two common.Images, all of which lie on the
     device: train.pixels (M, C, H, W) are all images as uint8, and
@@ -449,8 +452,8 @@ class Trainer:
         self.encoder, self.decoder = networks
         self.ema_encoder, self.ema_decoder = copy.deepcopy(networks)
         self.parameters = [*self.encoder.parameters(), *self.decoder.parameters()]
-        # Tensors, not numbers (see `step`): `fit` may change them with
-        # fill_. A checkpoint sets their values; Adam keeps using lr.
+        # Tensors, so that a recorded step (see `step`) sees a new value:
+        # `fit` fills it in. In a continued run Adam still holds self.lr.
         self.lr = torch.tensor(lr, device=device)
         self.beta = torch.tensor(0.0, device=device)  # `fit` sets it before each epoch
         self.optimizer = torch.optim.Adam(self.parameters, lr=self.lr, fused=True)
@@ -458,8 +461,8 @@ class Trainer:
         self.fixed_z = torch.randn(49, latent_dim).to(device)
 
     def losses(self, encoder, decoder, x):
-        """Images x (N, C, H, W) -> loss, reconstruction
-        and KL, each a mean over the images.
+        """Images x (N, C, H, W) -> {"loss", "reconstruction",
+        "KL": scalar}, each a mean over the images.
 
         The encoder gives q(z|x), the decoder p(x|z), and the
         prior is p(z) = N(0, I). For any q
@@ -472,8 +475,9 @@ class Trainer:
         of training are means over an epoch in which the networks
         change, and are not of the averaged networks.
 
-        For a column that needs mu or logvar return one more
-        scalar, in both returns; `step` and `evaluate` unpack it.
+        For a column that needs mu or logvar add it to what is
+        returned, in both places; it is then measured of the
+        training images and of the test images.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = encoder(x)
@@ -481,9 +485,11 @@ class Trainer:
             output = decoder(z)
         reconstruction = reconstruction_loss(output, x)
         if logvar is None:  # a plain autoencoder
-            return reconstruction, reconstruction, torch.zeros_like(reconstruction)
+            no_kl = torch.zeros_like(reconstruction)
+            return {"loss": reconstruction, "reconstruction": reconstruction, "KL": no_kl}
         kl = kl_divergence(mu, logvar)
-        return reconstruction + self.beta * kl, reconstruction, kl
+        loss = reconstruction + self.beta * kl
+        return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
@@ -499,9 +505,9 @@ class Trainer:
         to the dict that is returned; for a curve also to `panels`
         in draw_curves.
         """
-        loss, reconstruction, kl = self.losses(self.encoder, self.decoder, x)
+        losses = self.losses(self.encoder, self.decoder, x)
         self.optimizer.zero_grad()
-        loss.backward()
+        losses["loss"].backward()
         # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.optimizer)
         # As at CMU, the gradient of all weights together is scaled
@@ -512,7 +518,7 @@ class Trainer:
         nn.utils.clip_grad_norm_(self.parameters, max_norm=1.0)
         self.optimizer.step()
         self.update_ema()
-        return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
+        return losses
 
     @torch.no_grad()
     def update_ema(self):
@@ -540,12 +546,12 @@ class Trainer:
         The loss has the epoch's beta in it: compare it between
         epochs, or between runs, only where beta is the same.
         """
-        total = 0.0
+        totals = {}  # {name: sum over the images}
         for x in batches_of(self.test):
             losses = self.losses(self.ema_encoder, self.ema_decoder, x)
-            total = total + torch.stack(losses) * len(x)  # (3,)
-        loss, reconstruction, kl = (total / len(self.test)).tolist()
-        return {"test loss": loss, "test reconstruction": reconstruction, "test KL": kl}
+            for name, mean in losses.items():
+                totals[name] = totals.get(name, 0.0) + mean * len(x)
+        return {f"test {name}": total / len(self.test) for name, total in totals.items()}
 
     def beta_of(self, epoch):
         """The weight of the KL in an epoch (from 1), by the schedule.
@@ -579,7 +585,7 @@ class Trainer:
             # self.lr.fill_(run.settings["lr"] * 0.9 ** (epoch - 1))
             beta = self.beta_of(epoch)
             self.beta.fill_(beta)
-            for images, _ in run.batches():  # (N, C, H, W) on the device; labels
+            for images, _ in run.batches():  # (N, C, H, W), on the device
                 run.train_step(self.step, images)
                 # pictures at steps 0, 100, ... go here:
                 # if run.step % 100 == 0:
@@ -595,13 +601,14 @@ class Trainer:
 
     @torch.no_grad()
     def draw(self, name):
-        """Write reconstructions, samples, and
-        the latent space where it is a plane.
+        """Write reconstructions, each to the right of its image,
+        samples, and the latent space where it is a plane.
+        `name` ends the names of the files.
         """
         low = -1.0 if self.test.normalize else 0.0  # the value of black
         some = torch.linspace(0, len(self.test) - 1, 36, device=self.test.device).long()
         images, _ = self.test.batch(some)  # (36, C, H, W)
-        # from mu, without noise: so pictures differ only as the networks do
+        # from mu, without noise: only the networks change from epoch to epoch
         mu, _ = self.ema_encoder(images)
         rebuilt = self.ema_decoder.sample(mu)
         pairs = torch.stack([images, rebuilt], dim=1)  # (36, 2, C, H, W)
@@ -660,8 +667,8 @@ def draw_latent_space(encoder, decoder, test, path):
     figure = Figure(figsize=(11, 5), layout="constrained")
     left, right = figure.subplots(1, 2, sharex=True, sharey=True)
     for label, name in enumerate(test.class_names):
-        first, second = mu[test.labels == label].T.cpu().numpy()
-        left.scatter(first, second, s=3, color=f"C{label % 10}", label=name)
+        points = mu[test.labels == label].cpu().numpy()  # (images of the class, 2)
+        left.scatter(points[:, 0], points[:, 1], s=3, color=f"C{label % 10}", label=name)
     left.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     left.set_title(f"{len(mu):,} test images of {test.name}")
     left.set(xlabel="first latent (mu)", ylabel="second latent (mu)")
@@ -814,7 +821,7 @@ def draw_comparison(trainers, num_epochs, experiment, path):
     panels = {"test reconstruction": [f"{setting}: reconstruction" for setting in vaes + others]}
     if vaes:
         panels["test KL"] = [f"{setting}: KL" for setting in vaes]
-    data = next(iter(trainers.values())).train.name
+    data = list(trainers.values())[0].train.name
     common.save_curves(history, panels, f"{experiment} on {data}", path)
 
 

@@ -34,6 +34,12 @@ import common  # data sets, pictures and weights files
 import fid  # scores
 import training  # the frame of a run: epochs, history, checkpoints
 
+# A key of your own goes into trainer_kwargs and the
+# parameters of Trainer.__init__. One that shapes a
+# network goes into model_kwargs, the parameters of
+# Trainer.__init__ and of make_networks, and the
+# network; for G also into load_generator.
+# Checkpoints that were made without it are refused.
 model_kwargs = {
     "latent_dim": 100,  # entries of the latent vector z ~ N(0, I)
     "feature_maps": 64,  # channels of the largest map; they double as the side halves
@@ -49,7 +55,7 @@ dataset_kwargs = {
     "data_dir": "data",  # where data are, or are downloaded to; for folder, your images
     "allow_fallback": True,  # without data: the bundled digits, with a warning
     "image_size": 0,  # 16 | 28 | 32 | 64; 0: the data's own (MNIST 28; a folder 32)
-    "horizontal_flip": False,  # mirror half of the training images: not for digits
+    "horizontal_flip": False,  # mirror training images with probability 1/2: not for digits
 }
 trainer_kwargs = {
     "num_epochs": 200,  # may be raised later; 0 only checks settings and data
@@ -66,7 +72,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0 is torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over; the old run is moved aside
     "sample_every": 50,  # epochs between pictures and weights; first and last have them
 }
 
@@ -82,12 +88,6 @@ def check_settings(settings):
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
     training.Run. A common.BadInput ends with exit status 2.
-
-    A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes a network goes into
-    model_kwargs and the same parameters, and from there through
-    make_networks (for G also load_generator) to the network.
-    Checkpoints that were made without the key are refused.
     """
     for key in ("latent_dim", "feature_maps"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -177,8 +177,7 @@ def init_weights(module):
 
 # For another loss, change these two functions, and give another
 # --output_dir. Where D's sigmoid is no longer a probability,
-# D(x) and D(G(z)) in `step` and the titles in `draw_curves`
-# lose their meaning.
+# leave it out in `step`, and change the titles in `draw_curves`.
 
 
 def discriminator_loss(real_logits, fake_logits):
@@ -210,7 +209,7 @@ def generator_loss(fake_logits):
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...):
+    """Mean Euclidean distance over all pairs of images (N, ...):
     0 when all are alike.
     """
     # on the CPU, since not every device has pdist
@@ -271,12 +270,12 @@ class Trainer:
     images of an epoch, which has fewer steps then; the
     learning rates are not changed. All begin with equal
     networks, which stay equal: `step` averages the
-    gradients over the processes, and training.Run averages
-    batch norm's running statistics. What `step` returns is
-    in the history as a mean over them, what is given to
-    run.end_epoch is the first one's. All of them draw
-    pictures, but only the first one writes and prints. A run
-    can be continued only with as many processes as it had.
+    gradients over the processes, and training.Run
+    averages batch norm's running statistics. What `step`
+    returns is in the history as a mean over them, what is
+    given to run.end_epoch is the first one's. Only the
+    first one writes files and prints. A run can be
+    continued only with as many processes as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, C, H, W) are all its images as uint8, and
@@ -308,15 +307,16 @@ class Trainer:
         self.generator, self.ema_generator, self.discriminator = make_networks(
             train, latent_dim, feature_maps, image_channels
         )
-        # Tensors, so that a recorded step (see `step`) sees a
-        # new rate: fill_ in `fit` or a checkpoint changes it.
+        # Tensors, so that a recorded step (see `step`) sees a new
+        # rate. Adam holds these very tensors, also in a continued run.
         self.generator_lr = torch.tensor(generator_lr, device=train.device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=train.device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
         # for every picture, so that epochs can be compared
         self.fixed_z = torch.randn(500, latent_dim).to(train.device)
-        real_images, _ = train.batch(torch.arange(min(500, len(train)), device=train.device))
+        index = torch.arange(min(500, len(train)), device=train.device)
+        real_images, _ = train.batch(index)
         self.real_distance = mean_distance(real_images)
         self.score_every, self.scorer = score_every, None
         if score_every and num_epochs:
@@ -434,7 +434,7 @@ class Trainer:
             # first = run.settings["generator_lr"]
             # self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
-            for images, _ in run.batches():  # (N, C, H, W) in [-1, 1] on the device; labels
+            for images, _ in run.batches():  # (N, C, H, W) in [-1, 1], on the device
                 run.train_step(self.step, images)
                 # pictures at steps 0, 100, ... go here:
                 # if run.step % 100 == 0:

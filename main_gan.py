@@ -15,15 +15,15 @@ writes: mnist_GAN/. After every epoch: history.csv, run.html
 differs from the paper: LeakyReLU and no dropout in D (there:
         maxout, dropout) and Adam (there: momentum), as in most GANs
         since; smoothed labels, see trainer_kwargs, and He
-        weights in G, see Generator; G learns from the images that
-        D has just seen (there: from new ones), which saves a pass
+        weights in G, see Generator; the steps of D and of G share
+        their generated images (there: new ones), which saves a pass
 expect: MNIST, 20 epochs, seed 0: readable digits; D(x) 0.62,
-        D(G(z)) 0.38, diversity 0.97 (see `fit`), losses 1.18
-        and 1.22 (of D, of G); 3.4 min on one core of an AMD
-        EPYC. D(x) and D(G(z)) are the probabilities of being
-        real that D gives to real and to generated images. Both
-        are 0.5, and D's loss is 1.386, where D cannot tell them
-        apart; at 0.9 and 0.1, its targets, D has won
+        D(G(z)) 0.38, diversity 0.97 (see `fit`), D's loss 1.18,
+        G's 1.22; 3.4 min on one core of an AMD EPYC. D(x) and
+        D(G(z)) are the probabilities of being real that D gives
+        to real and to generated images. Both are 0.5, and D's
+        loss is 1.386, where D cannot tell them apart; at 0.9 and
+        0.1, its targets, D has won
 """
 
 import math
@@ -36,6 +36,12 @@ from torch.nn import functional as F
 import common  # data sets, pictures and weights files
 import training  # the frame of a run: epochs, history, checkpoints
 
+# A key of your own goes into trainer_kwargs and the
+# parameters of Trainer.__init__. One that shapes a
+# network goes into model_kwargs, the parameters of
+# Trainer.__init__, and the network, which for G is
+# also built in load_generator.
+# Checkpoints that were made without it are refused.
 model_kwargs = {
     "latent_variable_size": 64,  # entries of the latent vector z ~ N(0, I)
     "discriminator_hidden_size": 256,  # width of the discriminator's two hidden layers
@@ -65,7 +71,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 1,  # CPU threads; a second gains little here; 0: all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over; the old run is moved aside
     "sample_every": 50,  # epochs between pictures and weights; first and last have them
 }
 
@@ -76,18 +82,12 @@ def check_settings(settings):
     settings: {key: value}. The keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
     training.Run. A common.BadInput ends with exit status 2.
-
-    A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes a network goes into
-    model_kwargs and the same parameters, and from there to the
-    network, which for G is also built in load_generator.
-    Checkpoints that were made without the key are refused.
     """
     for key in ("latent_variable_size", "discriminator_hidden_size", "generator_hidden_size"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
-    side = math.isqrt(max(0, settings["image_size"]))
+    size = settings["image_size"]
+    is_square = size >= 1 and math.isqrt(size) ** 2 == size
     squares = "a square number such as 784 (28 x 28) or 1024 (32 x 32)"
-    is_square = side >= 1 and settings["image_size"] == side**2
     common.require(is_square, f"image_size must be {squares}")
     common.require(settings["num_epochs"] >= 0, "num_epochs must be at least 0")
     for key in ("generator_lr", "discriminator_lr"):
@@ -113,13 +113,11 @@ class Generator(nn.Module):
         )
         for layer in self.model:
             if isinstance(layer, nn.Linear):
-                # He et al. 2015. With torch's default weights,
-                # of a 2.4 times smaller deviation, D soon told
-                # real from generated images for sure, on
-                # MNIST, and the samples became nearly equal: a
-                # diversity (see `fit`) of 0.00001 at epoch 13.
-                # With He's it was 0.92 at epoch 4. D keeps
-                # torch's.
+                # He et al. 2015. torch's own weights are 2.4
+                # times smaller. With them D soon won on MNIST,
+                # and the samples became nearly equal: at epoch
+                # 13 the diversity (see `fit`) was 0.00001. With
+                # He's it was 0.92 at epoch 4. D keeps torch's.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -148,10 +146,10 @@ class Discriminator(nn.Module):
 
 
 # For another loss, change these two functions, and give another
-# --output_dir. Where D's sigmoid is no longer a probability, D(x)
-# and D(G(z)) in `step` and the titles in `draw_curves` lose their
-# meaning. Both labels may need other values, too: 1 and 0 for
-# the squares of LSGAN.
+# --output_dir. Where D's sigmoid is no longer a probability, leave
+# it out in `step`, and change the titles in `draw_curves`. Both
+# labels may need other values, too: 1 and 0 for the squares of
+# LSGAN.
 
 
 def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
@@ -162,13 +160,13 @@ def discriminator_loss(real_logits, fake_logits, real_label, fake_label):
     E[log D(x)] + E[log(1 - D(G(z)))], for images x of the data
     and z ~ N(0, I).
 
-    For a target t the loss is -t log D - (1 - t) log(1 - D),
-    with D the sigmoid of the logit. Both terms are means over
-    the batch. At D = 1/2 everywhere the sum is 2 log 2 = 1.386,
-    whatever the targets. With 0.9 and 0.1 it cannot fall below
-    0.650, where D answers 0.9 and 0.1. torch computes it from
-    the logit, since the log of a sigmoid that has rounded to 0
-    is infinite.
+    For a target t an image's loss is -t log D - (1 - t) log(1 - D),
+    where D is the sigmoid of its logit. The mean over the real
+    images and that over the generated ones are added. At D = 1/2
+    everywhere the sum is 2 log 2 = 1.386, whatever the targets.
+    With 0.9 and 0.1 it cannot fall below 0.650, where D answers
+    0.9 and 0.1. torch computes it from the logit, since the log
+    of a sigmoid that has rounded to 0 is infinite.
     """
     real_targets = torch.full_like(real_logits, real_label)
     fake_targets = torch.full_like(fake_logits, fake_label)
@@ -191,7 +189,7 @@ def generator_loss(fake_logits):
 
 
 def mean_distance(images):
-    """Mean Euclidean distance between any two of the images (N, ...):
+    """Mean Euclidean distance over all pairs of images (N, ...):
     0 when all are alike.
     """
     # on the CPU, since not every device has pdist
@@ -238,11 +236,11 @@ class Trainer:
     images of an epoch, which has fewer steps then; the
     learning rates are not changed. All begin with equal
     networks, which stay equal: `step` averages the
-    gradients over the processes. What `step` returns is in
-    the history as a mean over them, what is given to
-    run.end_epoch is the first one's. All of them draw
-    pictures, but only the first one writes and prints. A run
-    can be continued only with as many processes as it had.
+    gradients over the processes. What `step` returns is
+    in the history as a mean over them, what is given to
+    run.end_epoch is the first one's. Only the first one
+    writes files and prints. A run can be continued only
+    with as many processes as it had.
 
     train: a common.Images, all of which lies on the device:
     train.pixels (M, 1, H, W) are all its images as uint8, and
@@ -274,20 +272,21 @@ class Trainer:
         device = train.device
         generator = Generator(latent_variable_size, generator_hidden_size, image_size)
         discriminator = Discriminator(image_size, discriminator_hidden_size)
-        self.generator, self.discriminator = generator.to(device), discriminator.to(device)
-        # Tensors, so that a recorded step (see `step`) sees a
-        # new rate: fill_ in `fit` or a checkpoint changes it.
+        self.generator = generator.to(device)
+        self.discriminator = discriminator.to(device)
+        # Tensors, so that a recorded step (see `step`) sees a new
+        # rate. Adam holds these very tensors, also in a continued run.
         self.generator_lr = torch.tensor(generator_lr, device=device)
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # The same in every epoch, and, by the seed, in
-        # a continued run: 16 for the pictures, all 500
-        # for the diversity. It is measured against the
-        # first 500 real images, which are a fair sample,
-        # since load_data leaves nothing sorted.
+        # The same latents in every epoch: the first 16 for
+        # the pictures, all for the diversity. This is measured
+        # against the first 500 real images, which are a fair
+        # sample, since load_data leaves nothing sorted.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
-        real_images, _ = train.batch(torch.arange(min(500, len(train)), device=device))
+        index = torch.arange(min(500, len(train)), device=device)
+        real_images, _ = train.batch(index)
         self.real_distance = mean_distance(real_images)
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
@@ -365,7 +364,7 @@ class Trainer:
             # first = run.settings["generator_lr"]
             # self.generator_lr.fill_(first * 0.99 ** (epoch - 1))
             # and the same for self.discriminator_lr.
-            for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1] on the device; labels
+            for images, _ in run.batches():  # (N, 1, H, W) in [-1, 1], on the device
                 run.train_step(self.step, images.flatten(1))
                 # pictures at steps 0, 100, ... go here:
                 # if run.step % 100 == 0:

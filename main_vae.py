@@ -34,6 +34,12 @@ from torch.nn import functional as F
 import common  # data sets, pictures and weights files
 import training  # the frame of a run: epochs, history, checkpoints
 
+# A key of your own goes into trainer_kwargs and the
+# parameters of Trainer.__init__. One that shapes a
+# network goes into model_kwargs, the parameters of
+# Trainer.__init__, and both networks, since
+# load_model gives them all of model_kwargs.
+# Checkpoints that were made without it are refused.
 model_kwargs = {
     "hidden_size": 1024,  # width of the two hidden layers of encoder and decoder
     "latent_dim": 32,  # entries of z; after 50 epochs 23 of 32 are in use
@@ -64,7 +70,7 @@ run_kwargs = {
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
-    "resume": True,  # go on from checkpoint.pt; false: start over, move the old run away
+    "resume": True,  # go on from checkpoint.pt; false: start over; the old run is moved aside
     "sample_every": 10,  # epochs between pictures and weights; first and last have them
 }
 
@@ -75,12 +81,6 @@ def check_settings(settings):
     settings: {key: value}. The other keys of dataset_kwargs are
     checked by common.load_data, those of run_kwargs by
     training.Run. A common.BadInput ends with exit status 2.
-
-    A key of your own goes into trainer_kwargs and the parameters
-    of Trainer.__init__. One that shapes a network goes into
-    model_kwargs and the same parameters, and from there to both
-    networks, since load_model gives them all of model_kwargs.
-    Checkpoints that were made without the key are refused.
     """
     for key in ("hidden_size", "latent_dim"):
         common.require(settings[key] >= 1, f"{key} must be at least 1")
@@ -254,11 +254,11 @@ class Trainer:
     images of an epoch, which has fewer steps then; the
     learning rate is not changed. All begin with equal
     networks, which stay equal: `step` averages the
-    gradients over the processes. What `step` returns is in
-    the history as a mean over them, what is given to
-    run.end_epoch is the first one's. All of them draw
-    pictures, but only the first one writes and prints. A run
-    can be continued only with as many processes as it had.
+    gradients over the processes. What `step` returns is
+    in the history as a mean over them, what is given to
+    run.end_epoch is the first one's. Only the first one
+    writes files and prints. A run can be continued only
+    with as many processes as it had.
 
     train, test: two common.Images, which lie on the device as
     a whole: train.pixels (M, 1, H, W) are all images as uint8,
@@ -305,8 +305,8 @@ class Trainer:
         self.fixed_images = test.batch(some)[0]  # (50, 1, H, W)
 
     def losses(self, x):
-        """Images x (N, image_size) -> loss,
-        reconstruction and KL, in nats per image.
+        """Images x (N, image_size) -> {"loss", "reconstruction",
+        "KL": scalar}, in nats per image.
 
         The encoder gives q(z|x), the decoder p(x|z), and the
         prior is p(z) = N(0, I). For any q
@@ -316,8 +316,9 @@ class Trainer:
         its negative; the expectation is estimated with one z.
         Natural logarithms make the unit nats. z is sampled for
         test images too, so that train and test losses can be
-        compared. For a column that needs mu or logvar return one
-        more scalar; `step` and `evaluate` unpack it.
+        compared. For a column that needs mu or logvar add it to
+        what is returned; it is then measured of the training
+        images and of the test images.
         """
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bfloat16):
             mu, logvar = self.encoder(x)
@@ -325,7 +326,7 @@ class Trainer:
             logits = self.decoder(z)
         reconstruction = reconstruction_loss(logits, x)
         kl = kl_divergence(mu, logvar)
-        return reconstruction + kl, reconstruction, kl
+        return {"loss": reconstruction + kl, "reconstruction": reconstruction, "KL": kl}
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without
@@ -340,13 +341,13 @@ class Trainer:
         to the dict that is returned; for a curve also to `panels`
         in draw_curves.
         """
-        loss, reconstruction, kl = self.losses(x)
+        losses = self.losses(x)
         self.optimizer.zero_grad()
-        loss.backward()
+        losses["loss"].backward()
         # torchrun: the mean over all processes; alone: nothing
         training.all_reduce_gradients(self.optimizer)
         self.optimizer.step()
-        return {"loss": loss, "reconstruction": reconstruction, "KL": kl}
+        return losses
 
     def test_batches(self):
         """Yield the test images, 500 at a time:
@@ -365,19 +366,17 @@ class Trainer:
         A latent is active if the variance of its mu over the
         images is above 0.01 (Burda et al., section 5.2).
         """
-        total, means = 0.0, []
+        totals = {}  # {name: sum over the images}
+        means = []
         for x in self.test_batches():
-            total = total + torch.stack(self.losses(x)) * len(x)  # (3,)
+            for name, mean in self.losses(x).items():
+                totals[name] = totals.get(name, 0.0) + mean * len(x)
             mu, _ = self.encoder(x)
             means.append(mu)
-        loss, reconstruction, kl = (total / len(self.test)).tolist()
+        measured = {f"test {name}": total / len(self.test) for name, total in totals.items()}
         variance = torch.cat(means).var(0)  # (latent_dim,)
-        return {
-            "test loss": loss,
-            "test reconstruction": reconstruction,
-            "test KL": kl,
-            "active latents": (variance > 0.01).sum().item(),
-        }
+        measured["active latents"] = (variance > 0.01).sum()
+        return measured
 
     def bound_on_log_likelihood(self, x):
         """The importance-weighted bound on log p(x)
@@ -422,7 +421,7 @@ class Trainer:
             # another schedule goes here, computed from epoch (1, 2, ...)
             if self.lr_half_life:
                 self.lr.fill_(self.first_lr * 0.5 ** ((epoch - 1) / self.lr_half_life))
-            for images, _ in run.batches():  # (N, 1, H, W) in [0, 1] on the device; labels
+            for images, _ in run.batches():  # (N, 1, H, W) in [0, 1], on the device
                 run.train_step(self.step, images.flatten(1))
                 # pictures at steps 0, 100, ... go here:
                 # if run.step % 100 == 0:

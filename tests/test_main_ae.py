@@ -103,10 +103,10 @@ def test_the_loss_of_an_image_does_not_depend_on_the_batch(channels, tiny, monke
     # the same noise for every image
     monkeypatch.setattr(torch, "randn_like", lambda mu: torch.full_like(mu, 0.5))
     x = torch.rand(6, channels, 8, 8)
-    twice = trainer.losses(*networks, torch.cat([x, x]))
-    for one, other in zip(trainer.losses(*networks, x), twice):
-        assert torch.allclose(one, other)
-    loss, reconstruction, kl = trainer.losses(*networks, x)
+    losses = trainer.losses(*networks, x)
+    for name, twice in trainer.losses(*networks, torch.cat([x, x])).items():
+        assert torch.allclose(losses[name], twice)
+    loss, reconstruction, kl = losses.values()
     assert torch.allclose(loss, reconstruction + 0.7 * kl) and kl > 0
 
 
