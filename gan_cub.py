@@ -516,7 +516,8 @@ def make_networks(latent_dim, feature_maps, image_shape, device):
 
 def make_adam(network, lr):
     """Adam with the betas of Gulrajani et al., algorithm 1:
-    no momentum. lr: a tensor.
+    no momentum. lr: a tensor. `fused` updates all tensors of
+    a network at once.
     """
     return torch.optim.Adam(network.parameters(), lr=lr, betas=(0.0, 0.9), fused=True)
 
@@ -911,6 +912,7 @@ def main(
         return compare(
             model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, **experiment_kwargs
         )
+    # __file__: checkpoints and weights say which script wrote them
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
     # one channel for these two, three for all others
     grey = dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist")

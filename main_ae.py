@@ -12,13 +12,14 @@ courses: CMU 16-824, Visual Learning and Recognition,
         Exercise 1, "Training generative model to generate
         MNIST digits" (grey)
 run:    python main_ae.py                   (all keys of the dicts are options)
-        python main_ae.py --resume false    (start over; the old run moves to a folder of its own)
+        python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --dataset_type mnist --latent_dim 2 --output_dir mnist_VAE_2d
 writes: cifar10_VAE/. After every epoch: history.csv, run.html
-        (open it to watch: pictures and curves), checkpoint.pt
-        (also at Ctrl-C; the same command continues from it).
+        (open it to watch: the folder's pictures, and curves),
+        checkpoint.pt (also at Ctrl-C; the same command continues
+        from it).
         After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png,
         reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
@@ -741,6 +742,7 @@ def main(
         )
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
         model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
+    # __file__: checkpoints and weights say which script wrote them
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
     image_channels = model_kwargs["image_channels"]
     train, test = common.load_data(

@@ -12,8 +12,9 @@ paper:  Mirza and Osindero 2014, Conditional Generative
 run:    python main_cgan.py --num_epochs 20         (all keys of the dicts are options)
         torchrun --nproc_per_node=2 main_cgan.py    (two processes, a batch each)
 writes: mnist_CGAN/. After every epoch: history.csv, run.html
-        (open it to watch: pictures and curves), checkpoint.pt
-        (also at Ctrl-C; the same command continues from it).
+        (open it to watch: the folder's pictures, and curves),
+        checkpoint.pt (also at Ctrl-C; the same command continues
+        from it).
         After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png (a row for each class, a
         column for each z), train_loss_curve_{E}.png,
@@ -676,6 +677,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
     if dataset_kwargs["dataset_type"] in ("mnist", "fashion_mnist"):
         model_kwargs = {**model_kwargs, "image_channels": 1}  # they are grey
+    # __file__: checkpoints and weights say which script wrote them
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
     # a GAN has no use for the test images
     train, _ = common.load_data(

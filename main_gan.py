@@ -7,8 +7,9 @@ run:    python main_gan.py --num_epochs 20          (all keys of the dicts are o
         python main_gan.py --resume false           (start over)
         torchrun --nproc_per_node=2 main_gan.py     (two processes, a batch each)
 writes: mnist_GAN/. After every epoch: history.csv, run.html
-        (open it to watch: pictures and curves), checkpoint.pt
-        (also at Ctrl-C; the same command continues from it).
+        (open it to watch: the folder's pictures, and curves),
+        checkpoint.pt (also at Ctrl-C; the same command continues
+        from it).
         After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png, train_loss_curve_{E}.png,
         weights_epoch_{E}.pt (for sampling)
@@ -428,6 +429,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     there is such a list, names the labels.
     """
     check_settings({**model_kwargs, **trainer_kwargs})
+    # __file__: checkpoints and weights say which script wrote them
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
     # a GAN has no use for the test images
     train, _ = common.load_data(

@@ -9,8 +9,9 @@ paper:  Kingma and Welling 2013, Auto-Encoding Variational
 run:    python main_vae.py                  (all keys of the dicts are options)
         torchrun --nproc_per_node=2 main_vae.py   (two processes, a batch each)
 writes: mnist_VAE/. After every epoch: history.csv, run.html
-        (open it to watch: pictures and curves), checkpoint.pt
-        (also at Ctrl-C; the same command continues from it).
+        (open it to watch: the folder's pictures, and curves),
+        checkpoint.pt (also at Ctrl-C; the same command continues
+        from it).
         After the first, the last and each sample_every-th:
         generated_image_epoch_{E}.png,
         reconstruction_epoch_{E}.png, train_loss_curve_{E}.png,
@@ -505,6 +506,7 @@ def main(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs):
     names the labels.
     """
     check_settings({**model_kwargs, **dataset_kwargs, **trainer_kwargs})
+    # __file__: checkpoints and weights say which script wrote them
     run = training.Run(__file__, model_kwargs, dataset_kwargs, trainer_kwargs, **run_kwargs)
     train, test = common.load_data(
         **dataset_kwargs,
