@@ -443,20 +443,24 @@ def test_the_default_is_a_look_a_second():
         ),
     ],
 )
-def test_a_run_that_breaks_off_says_so_in_one_line(error, words, monkeypatch, capsys):
+def test_a_run_that_breaks_off_says_so_in_one_line(error, words, monkeypatch, capsys, tmp_path):
     def step(trainer, real):
         raise error
 
     monkeypatch.setattr(main_gan.Trainer, "step", step)
     options = ["--dataset_type", "digits", "--num_epochs", "1", "--device", "cpu"]
+    options += ["--output_dir", str(tmp_path)]  # mnist_GAN/ may hold a run of the user's
     assert helpers.run_here(main_gan, *options) == 1
     assert capsys.readouterr().err == f"main_gan.py: {words}\n"
 
 
 @pytest.mark.parametrize("numbers, full", [(2**55, True), (-1, False)])
-def test_a_full_memory_is_told_in_one_line_on_a_cpu_too(numbers, full, monkeypatch, capsys):
+def test_a_full_memory_is_told_in_one_line_on_a_cpu_too(
+    numbers, full, monkeypatch, capsys, tmp_path
+):
     monkeypatch.setattr(main_gan.Trainer, "step", lambda trainer, real: torch.empty(numbers))
     options = ["--dataset_type", "digits", "--num_epochs", "1", "--device", "cpu"]
+    options += ["--output_dir", str(tmp_path)]
     if full:
         assert helpers.run_here(main_gan, *options) == 1
         told = "main_gan.py: out of memory; give a smaller --batch_size\n"

@@ -175,9 +175,7 @@ def test_a_benchmark_takes_steps(name, monkeypatch, capsys):
 
 
 def test_every_script_has_a_command():
-    scripts = {path.stem for path in ROOT.glob("*.py")} - {"common", "training"}
-    assert scripts == {*TRAINING, *ANALYSIS}
-    for script in scripts:
+    for script in (*TRAINING, *ANALYSIS):  # a script of the user's own may lie beside them
         assert commands_of(script), f"{script}.py is in no command"
     fences = sum(text.count("```") for text in TEXTS.values())
     assert fences == 2 * len(fenced_blocks())
