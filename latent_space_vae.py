@@ -190,7 +190,8 @@ def save_scatter(places, labels, class_names, axis_names, title, path):
     named = present[:20]  # more names would hide the marks
     for label, place in places_of_names(places, labels, named).items():
         axes.annotate(class_names[label], place, ha="center", weight="bold", path_effects=outline)
-    axes.set(xlabel=axis_names[0], ylabel=axis_names[1], aspect="equal")
+    axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
+    axes.set_aspect("equal", adjustable="datalim")  # a long thin cloud still has room for names
     axes.set_title(title, fontsize=10)
     if len(present) > 1:
         axes.legend(markerscale=2.5, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -878,3 +878,18 @@ def test_names_of_classes_that_lie_in_one_place_do_not_cover_one_another():
     assert heights[1] - heights[0] >= 0.27
     assert heights[2] - heights[1] >= 0.27
     assert found[3] == (10.0, 10.0)
+
+
+def test_a_long_thin_cloud_leaves_room_for_the_names_of_its_classes(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(common, "write", lambda path, figure: drawn.append(figure))
+    places = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+        [4, 0.1]
+    )
+    labels, names = torch.arange(200) % 10, list("0123456789")
+    page.save_scatter(places, labels, names, ["x", "y"], "title", "map.png")
+    drawn[0].draw_without_rendering()
+    axes = drawn[0].axes[0]
+    low, high = axes.get_ylim()
+    heights = [name.xy[1] for name in axes.texts]
+    assert len(heights) == 10 and low < min(heights) and max(heights) < high
