@@ -67,7 +67,7 @@ def read_comments(script):
     return dict(re.findall(r'^ +"(\w+)": .*?  # (.+)$', text, re.MULTILINE))
 
 
-# argparse makes "invalid boolean value" and the like of a ValueError
+# argparse makes "invalid float value" and the like of a ValueError
 def boolean(text):
     if text.lower() not in ("true", "false"):
         raise ValueError(text)
@@ -80,7 +80,9 @@ def finite(text):
     return float(text)
 
 
-finite.__name__ = "float"  # the name that argparse shows
+# the names that argparse shows
+boolean.__name__ = "true|false"
+finite.__name__ = "float"
 
 
 class Parser(argparse.ArgumentParser):

@@ -503,7 +503,7 @@ def choose_network(features, train, data_dir, device, resize="clean", weights_pa
         except OSError as error:
             why = f"Inception's weights could not be downloaded ({error})"
             name = Path(INCEPTION).name
-            advice = f"put {name} into {data_dir}, or take the classifier's features"
+            advice = f"put {name} into {data_dir}, or take classifier in place of inception"
             if features != "auto":
                 raise BadInput(f"{why}; {advice}")
             common.warn(f"WARNING: NO FID. {why}. It is a classifier's distance instead.")

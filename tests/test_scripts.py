@@ -309,6 +309,7 @@ def test_every_wrong_value_is_refused_in_one_line(name, tmp_path, monkeypatch, c
             assert error.count("\n") == 1 and error.startswith(f"{name}.py: "), error
             # a sentence about something else would be one by chance
             assert key in error, error
+            assert "true|false" in error or wrong[key] is not TRUTH, error
             written = list(tmp_path.iterdir())
             assert not written, f"--{key} {value} wrote {written}"
             tried += 1
