@@ -864,6 +864,8 @@ class Trainer:
             "mean logit": ["real logit", "fake logit"],
             "mean distance, real images = 1": ["diversity"],
         }
+        if self.penalty_weight > 0:
+            panels["penalty, before its weight"] = ["gradient penalty"]
         name = "train_loss_curve.png"
         if self.scorer:
             label = f"{self.scorer.name} (N {self.scorer.num_images:,})"
