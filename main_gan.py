@@ -68,7 +68,7 @@ trainer_kwargs = {
     "output_dir": "mnist_GAN",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly, also if continued
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 1,  # CPU threads; a second gains little here; 0: all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
@@ -118,7 +118,8 @@ class Generator(nn.Module):
                 # times smaller. With them D soon won on MNIST,
                 # and the samples became nearly equal: at epoch
                 # 13 the diversity (see `fit`) was 0.00001. With
-                # He's it was 0.92 at epoch 4. D keeps torch's.
+                # He's it was 0.92 at epoch 4. D, which learnt
+                # too fast as it was, keeps torch's.
                 nn.init.kaiming_normal_(layer.weight)
                 nn.init.zeros_(layer.bias)
 
@@ -281,8 +282,8 @@ class Trainer:
         self.discriminator_lr = torch.tensor(discriminator_lr, device=device)
         self.generator_optimizer = make_adam(self.generator, self.generator_lr)
         self.discriminator_optimizer = make_adam(self.discriminator, self.discriminator_lr)
-        # The same latents in every epoch: the first 16 for
-        # the pictures, all for the diversity. This is measured
+        # By the seed the same latents in every epoch and run: 16
+        # for the pictures, all for the diversity. It is measured
         # against the first 500 real images, which are a fair
         # sample, since load_data leaves nothing sorted.
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)

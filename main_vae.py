@@ -67,7 +67,7 @@ trainer_kwargs = {
     "output_dir": "mnist_VAE",  # everything is written there
 }
 run_kwargs = {
-    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly
+    "seed": 0,  # fixes weights, order and noise; a CPU run repeats exactly, also if continued
     "device": "auto",  # auto: cuda, else mps, else cpu; or one by name: cuda:1
     "num_threads": 0,  # CPU threads; 0: torch's choice, all cores
     "cuda_graph": True,  # on an NVIDIA GPU replay a recorded step: faster, see `step`
