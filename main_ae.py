@@ -12,7 +12,7 @@ courses: CMU 16-824, Visual Learning and Recognition,
         Exercise 1, "Training generative model to generate
         MNIST digits" (grey)
 run:    python main_ae.py                   (all keys of the dicts are options)
-        python main_ae.py --resume false    (start over; the old run moves to run_of_DATE/)
+        python main_ae.py --resume false    (start over; old run: cifar10_VAE/run_of_DATE/)
         torchrun --nproc_per_node=2 main_ae.py           (two processes, a batch each)
         python main_ae.py --experiment latent_sizes      (several settings, compared)
         python main_ae.py --dataset_type mnist --latent_dim 2 --output_dir mnist_VAE_2d
@@ -503,7 +503,8 @@ class Trainer:
         returns scalars.
 
         For another column in history.csv add a tensor of shape ()
-        to the dict that is returned; for a curve also to `panels`
+        to the dict that is returned, or in `losses`, where test
+        images are to have it too; for a curve also to `panels`
         in draw_curves.
         """
         losses = self.losses(self.encoder, self.decoder, x)

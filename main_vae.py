@@ -339,7 +339,8 @@ class Trainer:
         """One step of Adam. x (N, image_size) in [0, 1]; returns scalars.
 
         For another column in history.csv add a tensor of shape ()
-        to the dict that is returned; for a curve also to `panels`
+        to the dict that is returned, or in `losses`, where test
+        images are to have it too; for a curve also to `panels`
         in draw_curves.
         """
         losses = self.losses(x)
