@@ -883,9 +883,8 @@ def test_names_of_classes_that_lie_in_one_place_do_not_cover_one_another():
 def test_a_long_thin_cloud_leaves_room_for_the_names_of_its_classes(monkeypatch):
     drawn = []
     monkeypatch.setattr(common, "write", lambda path, figure: drawn.append(figure))
-    places = torch.randn(200, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor(
-        [4, 0.1]
-    )
+    generator = torch.Generator().manual_seed(0)
+    places = torch.randn(200, 2, generator=generator) * torch.tensor([4, 0.1])
     labels, names = torch.arange(200) % 10, list("0123456789")
     page.save_scatter(places, labels, names, ["x", "y"], "title", "map.png")
     drawn[0].draw_without_rendering()
