@@ -676,8 +676,13 @@ def load_dataset(dataset, size, channels):
         pixels.append(resize(image[None], size, channels))
         labels.append(int(label))
     require(len(labels) > 1, "the Dataset must hold two images or more")
-    classes = getattr(dataset, "classes", None) or [str(i) for i in range(max(labels) + 1)]
-    return hold_out_a_tenth(torch.cat(pixels), torch.tensor(labels)), list(classes)
+    names = getattr(dataset, "classes", None)  # those of torchvision have it
+    if names is None or len(names) == 0:
+        names = range(max(labels) + 1)
+    named = min(labels) >= 0 and max(labels) < len(names)
+    require(named, f"labels of the Dataset must be from 0 to {len(names) - 1}, one for each class")
+    class_names = [str(name) for name in names]  # plain words, even if they are numpy's
+    return hold_out_a_tenth(torch.cat(pixels), torch.tensor(labels)), class_names
 
 
 def load_digits(channels):

@@ -180,6 +180,35 @@ def test_a_dataset_of_one_s_own_is_split_and_keeps_its_labels_and_classes():
     assert (splits[0].name, splits[0].class_names) == ("OwnDataset", ["dark", "bright"])
 
 
+@pytest.mark.parametrize(
+    "classes, names",
+    [
+        (list(np.array(["cat", "dog"])), ["cat", "dog"]),
+        (np.array(["cat", "dog"]), ["cat", "dog"]),
+        (list(np.array([3, 7])), ["3", "7"]),
+        ([3, 7], ["3", "7"]),
+        ((), ["0", "1"]),
+        (None, ["0", "1"]),
+    ],
+)
+def test_classes_of_a_dataset_become_plain_words(classes, names):
+    """Of numpy's words a checkpoint could be written, but not be read again."""
+    images = helpers.OwnDataset(count=40, size=8)
+    images.classes = classes
+    found = load(images, image_channels=3, image_size=8)[0].class_names
+    assert found == names and {type(name) for name in found} == {str}
+
+
+def test_labels_of_a_dataset_need_names():
+    images = helpers.OwnDataset(count=40, size=8)
+    images.classes = ["only one"]
+    with pytest.raises(common.BadInput, match="labels of the Dataset must be from 0 to 0"):
+        load(images, image_channels=3, image_size=8)
+    pixels = [Image.new("L", (8, 8), level) for level in range(4)]
+    with pytest.raises(common.BadInput, match="labels of the Dataset must be from 0 to 1"):
+        load(Pictures(pixels, [0, 1, -1, 1]), image_size=8)
+
+
 def test_tensors_of_a_dataset_are_bytes_or_shares_of_one():
     ramp = torch.arange(192).view(3, 8, 8).byte()
     both = Pictures([ramp, ramp.float() / 255], [3, 3])
