@@ -266,7 +266,8 @@ class AnomalyScorer:
         joined = {}
         for name in parts[0]:
             scores = torch.cat([part[name] for part in parts])
-            joined[name] = scores.double().cpu().numpy()
+            # in this order, since Apple's GPUs have no float64
+            joined[name] = scores.cpu().double().numpy()
         return joined
 
 

@@ -179,7 +179,8 @@ def share_covered(points, others, k=3):
 
 def mean_distance(images):
     """Mean Euclidean distance between any two of the images (N, ...)."""
-    return F.pdist(images.flatten(1).float()).mean().item()
+    # on the CPU, since not every device has pdist
+    return F.pdist(images.flatten(1).float().cpu()).mean().item()
 
 
 # ------------------------------------------------------- networks

@@ -351,13 +351,14 @@ def encode(encoder, decoder, test):
     The reconstruction is from mu: that of a sample of
     q(z|x) would be noisier, and usually a worse one.
     """
+    # to the CPU before .double(), since Apple's GPUs have no float64
     means, errors = [], []
     for index in torch.arange(len(test), device=test.device).split(500):
         images, _ = test.batch(index)
         mu, _ = encoder(images)
         error = reconstruction_error(decoder(mu), images)
-        means.append(mu.double().cpu())
-        errors.append(error.double().cpu())
+        means.append(mu.cpu().double())
+        errors.append(error.cpu().double())
     return torch.cat(means), torch.cat(errors)
 
 
