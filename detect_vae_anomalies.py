@@ -418,7 +418,7 @@ def choose_images(scorer, other_data, num_images):
     {name: images (N, C, H, W) in [0, 1]} to the dict returned.
     """
     # here with the class that was left out of training, if there is one
-    _, test = common.load_again(scorer.weights, scorer.train.data_dir, "cpu")
+    train, test = common.load_again(scorer.weights, scorer.train.data_dir, "cpu")
     pixels = test.pixels / 255  # (N, C, H, W)
     left_out = scorer.left_out
     clean = pixels[test.labels != left_out]
@@ -429,6 +429,8 @@ def choose_images(scorer, other_data, num_images):
     if left_out >= 0:
         name = f"{test.class_names[left_out]}, never trained on"
         unseen[name] = pixels[test.labels == left_out]
+        if len(unseen[name]) == 0:  # a rare class may have no test image
+            unseen[name] = train.pixels[train.labels == left_out] / 255
     others = load_others(other_data, test, num_images)
     return held_out, judged, {**unseen, **others, **corrupt(spoilt[:num_images])}
 

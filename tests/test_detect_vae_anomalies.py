@@ -383,6 +383,27 @@ def test_a_left_out_class_is_judged_and_nothing_is_judged_by_itself(vae, monkeyp
     assert inverted[0] > 0.99
 
 
+def test_a_rare_class_without_a_test_image_is_judged_by_its_other_images(
+    tiny, tmp_path, no_pictures
+):
+    """Of 340 images of class "good" and 4 of "rare" a tenth is held out, none of them rare."""
+    folder = tmp_path / "mine"
+    for name, count, level in (("good", 340, 0), ("rare", 4, 255)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            image = Image.new("L", (8, 8), level)
+            image.putpixel((number % 8, number // 8 % 8), 128)
+            image.save(folder / name / f"{number}.png")
+    settings = dict(dataset_type="folder", data_dir=str(folder), image_size=64, exclude_class=1)
+    small = dict(num_epochs=1, hidden_size=4, iwae_samples=0, batch_size=300)
+    trainer = main_vae.main(*tiny(main_vae, **settings, **small))
+    _, test = common.load_data("folder", str(folder), image_channels=1, image_size=8, device="cpu")
+    assert 1 not in test.labels and len(trainer.train) == 306
+    rows = run(tmp_path / "out" / "weights_epoch_1.pt")
+    row = next(row for row in rows if row["anomaly"] == "rare, never trained on")
+    assert row["anomalous"] == 4 and row["AUROC"] == 1
+
+
 def test_the_table_says_what_main_returns_and_a_second_run_the_same(vae, tmp_path, capsys):
     rows = run(vae)
     shown = capsys.readouterr().out
