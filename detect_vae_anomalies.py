@@ -435,10 +435,11 @@ def choose_images(scorer, other_data, num_images):
     return held_out, judged, {**unseen, **others, **corrupt(spoilt[:num_images])}
 
 
-def judge_all(clean, groups, thresholds, resamples, seed):
+def judge_all(clean, groups, thresholds, resamples, seed, source):
     """Print the AUROCs; returns the rows of the table, one for each kind of anomaly and score.
 
     clean: a Group; groups: one for each kind; thresholds: {score: threshold}.
+    source: whose scores they are.
     """
     random = np.random.default_rng(seed)
     rows = []
@@ -458,6 +459,7 @@ def judge_all(clean, groups, thresholds, resamples, seed):
                 "anomalous": len(group.images),
                 "threshold": threshold,
                 **result,
+                "model": source,
             }
             rows.append(row)
             interval = f"({result['AUROC low']:.3f} to {result['AUROC high']:.3f})"
@@ -496,13 +498,13 @@ def detect(
     shown = groups[0] if scorer.left_out >= 0 else easy_first[-1]  # left out, or the hardest
 
     weights, count = scorer.weights, len(held_out)
-    title = f"{common.describe_source(weights, scorer.train)}, epoch {weights['epoch']}"
-    title += f"; threshold: the {percentile:g}th percentile of {count:,} clean test images"
+    source = f"{common.describe_source(weights, scorer.train)}, epoch {weights['epoch']}"
+    title = f"{source}; threshold: the {percentile:g}th percentile of {count:,} clean test images"
     folder = Path(output_dir or Path(path).parent)
     print(f"{path}: {title}; written to {folder}/")
     save_histograms(clean, easy_first, threshold, title, folder)
     save_borderline([clean, shown], scorer, threshold, folder)
-    rows = judge_all(clean, easy_first, thresholds, bootstrap, seed)
+    rows = judge_all(clean, easy_first, thresholds, bootstrap, seed, source)
     common.write(folder / "anomaly_detection.csv", rows)
     return rows
 

@@ -411,7 +411,8 @@ def test_the_table_says_what_main_returns_and_a_second_run_the_same(vae, tmp_pat
     columns = ["anomaly", "score", "clean", "anomalous", "threshold"]
     for name in MEASURES:
         columns += [name, f"{name} low", f"{name} high"]
-    assert list(table[0]) == columns and len(table) == len(rows)
+    assert list(table[0]) == [*columns, "model"] and len(table) == len(rows)
+    assert {row["model"] for row in table} == {"main_vae on digits without 3, epoch 1"}
     for written, row in zip(table, rows):
         assert (written["anomaly"], written["score"]) == (row["anomaly"], row["score"])
         for name in columns[2:]:
