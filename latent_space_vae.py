@@ -193,7 +193,7 @@ def save_scatter(places, labels, class_names, axis_names, title, path):
     axes.set(xlabel=axis_names[0], ylabel=axis_names[1])
     axes.set_aspect("equal", adjustable="datalim")  # a long thin cloud still has room for names
     axes.set_title(title, fontsize=10)
-    if len(present) > 1:
+    if 1 < len(present) <= 30:  # a longer legend would leave no room; the page has all names
         axes.legend(markerscale=2.5, fontsize=9, loc="center left", bbox_to_anchor=(1, 0.5))
     common.write(path, figure)
 

@@ -671,7 +671,8 @@ def draw_latent_space(encoder, decoder, test, path):
     for label, name in enumerate(test.class_names):
         points = mu[test.labels == label].cpu().numpy()  # (images of the class, 2)
         left.scatter(points[:, 0], points[:, 1], s=3, color=f"C{label % 10}", label=name)
-    left.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    if 1 < len(test.class_names) <= 30:  # a longer legend would leave no room
+        left.legend(markerscale=4, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     left.set_title(f"{len(mu):,} test images of {test.name}")
     left.set(xlabel="first latent (mu)", ylabel="second latent (mu)")
     (x_low, y_low), (x_high, y_high) = low.tolist(), high.tolist()

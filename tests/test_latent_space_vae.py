@@ -880,6 +880,18 @@ def test_names_of_classes_that_lie_in_one_place_do_not_cover_one_another():
     assert found[3] == (10.0, 10.0)
 
 
+@pytest.mark.parametrize("classes, legend", [(1, False), (30, True), (200, False)])
+def test_a_legend_that_would_not_fit_is_left_out(classes, legend, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(common, "write", lambda path, figure: drawn.append(figure))
+    places, labels = torch.randn(400, 2), torch.arange(400) % classes
+    names = [f"class {label}" for label in range(classes)]
+    page.save_scatter(places, labels, names, ["x", "y"], "title", "map.png")
+    assert (drawn[0].axes[0].get_legend() is not None) == legend
+    drawn[0].draw_without_rendering()
+    assert drawn[0].axes[0].get_position().height > 0.7  # the map fills the picture
+
+
 def test_a_long_thin_cloud_leaves_room_for_the_names_of_its_classes(monkeypatch):
     drawn = []
     monkeypatch.setattr(common, "write", lambda path, figure: drawn.append(figure))

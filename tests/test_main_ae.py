@@ -1,6 +1,7 @@
 import csv
 import dataclasses
 import math
+import warnings
 
 import numpy as np
 import pytest
@@ -343,6 +344,21 @@ def test_the_latent_space_shows_the_mu_of_every_test_image(tiny, tmp_path, monke
     assert (bottom, top) == pytest.approx(tuple(np.quantile(vertical, [0.01, 0.99])), abs=1e-5)
     low, high = torch.tensor([left, bottom]), torch.tensor([right, top])
     assert torch.allclose(picture, main_ae.decode_plane(decoder, low, high), atol=1e-4)
+
+
+@pytest.mark.parametrize("classes, legend", [(1, False), (200, False), (10, True)])
+def test_the_latent_space_has_a_legend_if_it_fits(classes, legend, tiny, tmp_path, monkeypatch):
+    drawn = []
+    settings = {**SMALL, "image_channels": 1, "latent_dim": 2}
+    trainer = main_ae.main(*tiny(main_ae, num_epochs=0, **settings))
+    names = [f"class {label}" for label in range(classes)]
+    test = dataclasses.replace(trainer.test, class_names=names)
+    monkeypatch.setattr(common, "write", lambda path, figure: drawn.append(figure))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        main_ae.draw_latent_space(trainer.ema_encoder, trainer.ema_decoder, test, "plane.png")
+        drawn[0].draw_without_rendering()
+    assert (drawn[0].axes[0].get_legend() is not None) == legend
 
 
 def test_a_run_with_more_epochs_ends_as_one_that_was_not_stopped(tiny, tmp_path, without_curves):
