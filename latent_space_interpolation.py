@@ -178,9 +178,12 @@ class Artist:
     @torch.inference_mode()
     def encode(self, index):
         """index (N,) of test images -> their mu (N, D)."""
-        images, _ = self.test.batch(index)
-        mu, _ = self.encoder(images)
-        return mu
+        means = []
+        for part in index.split(500):  # all at once would not fit every memory
+            images, _ = self.test.batch(part)
+            mu, _ = self.encoder(images)
+            means.append(mu)
+        return torch.cat(means)
 
     def choose_images(self, count):
         """The indices of `count` test images at random: (count,)."""
