@@ -102,21 +102,25 @@ def closed_walk(points, frames):
 
 
 def evenness(images):
-    """images (N, T, C, H, W) -> (N, T - 1):
+    """images (N, T, C, H, W) -> (at most N, T - 1):
     how much each step changes, in units of a cross-fade.
 
     The change is the mean of |x' - x| over the pixels. A
     cross-fade from the first image to the last has 1 everywhere,
     and is as short as a walk between its ends can be. So the mean
     of a row, the length of the walk over that of the cross-fade,
-    is never below 1 (but 0 where nothing changes). The ends have
-    to differ: a closed walk has no such length. If all the change
-    happens in one step, that step is T - 1 times the mean.
+    is never below 1. The ends have to differ: a closed walk has
+    no such length, and a walk from an image to itself is left out
+    (if all are such walks, they are kept: 0 everywhere). If all
+    the change happens in one step, that step is T - 1 times the
+    mean.
     """
     change = images.diff(dim=1).abs().flatten(2).mean(2)  # (N, T - 1)
     whole = (images[:, -1] - images[:, 0]).abs().flatten(1).mean(1)  # (N,)
     fade = whole / change.shape[1]
-    return change / fade.clamp(min=1e-9)[:, None]
+    steps = change / fade.clamp(min=1e-9)[:, None]
+    differ = whole > 1e-6  # (N,)
+    return steps[differ] if differ.any() else steps
 
 
 class Artist:

@@ -166,6 +166,27 @@ def test_evenness_of_a_cross_fade_of_a_leap_and_of_nothing():
     assert torch.allclose(walks.evenness(leap), expected, atol=1e-5)
     assert walks.evenness(torch.rand(30, 6, 1, 4, 4)).mean(1).min() >= 1
     assert walks.evenness(first.expand(-1, 6, -1, -1, -1)).eq(0).all()
+    # walks from an image to itself would pull the mean below 1
+    still = first.expand(-1, 6, -1, -1, -1)
+    assert walks.evenness(torch.cat([still, fade, still])).equal(walks.evenness(fade))
+
+
+def test_images_are_encoded_in_parts_of_500_and_the_codes_keep_their_order(tmp_path):
+    path = train(main_ae, tmp_path, image_size=16, latent_dim=8)
+    artist = walks.Artist(path, "", torch.device("cpu"))
+    index = torch.arange(1100) % len(artist.test)
+    sizes, encoder = [], artist.encoder
+
+    def watched(images):
+        sizes.append(len(images))
+        return encoder(images)
+
+    artist.encoder = watched
+    codes = artist.encode(index)
+    assert sizes == [500, 500, 100]
+    with torch.inference_mode():
+        whole, _ = encoder(artist.test.batch(index)[0])
+    torch.testing.assert_close(codes, whole)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS.keys() - {"main_cgan", "line"}))
