@@ -603,15 +603,25 @@ def of_statistics(path):
 
 
 def of_folder(folder, device):
+def width_of_first(folder):
+    """The width in pixels of the first image in a folder that can be read. Raises BadInput."""
+    from PIL import Image, ImageOps
+
+    for path in common.image_files(folder):
+        try:
+            with Image.open(path) as image:
+                return ImageOps.exif_transpose(image).width
+        except Exception:  # a decoder may raise anything; `load_folder` names the file
+            continue
+    raise BadInput(f"{folder} holds no image that can be read")
+
+
     """The images in a folder and below it, in colour; its sub-folders are classes.
 
     All become squares as wide as the first; of an
     image that is not square the middle is taken.
     """
-    from PIL import Image, ImageOps
-
-    with Image.open(common.image_files(folder)[0]) as first:
-        width = ImageOps.exif_transpose(first).width
+    width = width_of_first(folder)
     (train, test), class_names = common.load_folder(folder, width, 3)
     pixels = torch.cat([train[0], test[0]])
     labels = torch.cat([train[1], test[1]])

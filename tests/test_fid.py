@@ -386,6 +386,20 @@ def test_a_classifier_of_large_photographs_looks_at_small_ones(tmp_path):
     assert source.train.pixels.shape == (4, 3, 64, 64)
 
 
+def test_a_folder_is_as_wide_as_its_first_picture_that_can_be_read(tmp_path, capsys):
+    (tmp_path / "00.png").write_bytes(b"no picture")
+    for number in range(1, 5):
+        Image.new("RGB", (20 + number, 30), (number, 0, 0)).save(tmp_path / f"0{number}.png")
+    source = fid.of_folder(str(tmp_path), torch.device("cpu"))
+    assert source.images.pixels.shape == (4, 3, 21, 21)
+    assert "left out 1 unreadable" in capsys.readouterr().err
+    (tmp_path / "bad").mkdir()
+    for name in ("a.png", "b.png"):
+        (tmp_path / "bad" / name).write_bytes(b"no picture")
+    with pytest.raises(common.BadInput, match="bad holds no image that can be read"):
+        fid.of_folder(str(tmp_path / "bad"), torch.device("cpu"))
+
+
 def test_a_data_set_against_itself(digits, quick, tmp_path, capsys, monkeypatch):
     kwargs = {
         "generated": "digits:test",
