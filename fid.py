@@ -404,6 +404,7 @@ def measure(images, network, count, batch_size):
     from tqdm import tqdm
 
     index = shuffled(len(images))[:count]
+    require(len(index) > 1, f"{images.name} holds one image; a covariance needs two")
     labels = images.labels.cpu()[index]
     images = replace(images, pixels=images.pixels[index], labels=labels)
     path = cache_path(images, f"features {network.name}  resize {network.resize}")
@@ -761,7 +762,7 @@ def main(source_kwargs, metric_kwargs):
     fake = fakes.statistics or measure(fakes.images, network, count, batch_size)
     result = {network.metric: real.distance(fake), "N": fake.n or "unknown"}
     result |= {"features": network.name, "resize": network.resize}
-    if reals.other:  # what a perfect generator would get
+    if reals.other and len(reals.other) > 1:  # what a perfect generator would get
         other = measure(reals.other, network, count, batch_size)
         result |= {"floor": real.distance(other), "floor's N": other.n}
     words = [network.metric, "of", *Path(fakes.name).parts[-2:]]

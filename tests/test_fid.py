@@ -608,6 +608,53 @@ def test_weights_of_a_folder_are_compared_with_the_pixels_of_training(tiny, tmp_
     assert result["real"] == "folder mine$1$:train" and result["real's N"] == 36
 
 
+@pytest.mark.parametrize("count, floor", [(15, False), (25, True)])
+def test_where_a_single_image_is_held_out_there_is_no_floor(
+    count, floor, tiny, tmp_path, quick, capsys
+):
+    for number in range(count):
+        path = tmp_path / "mine" / "ab"[number % 2] / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 255, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(path)
+    small = dict(dataset_type="folder", data_dir=str(tmp_path / "mine"), feature_maps=2)
+    main_dcgan.main(*tiny(main_dcgan, num_epochs=1, batch_size=9, image_size=16, **small))
+    path = str(tmp_path / "out" / "weights_epoch_1.pt")
+    settings = dict(generated=path, features="classifier", num_images=20)
+    result = measure(tmp_path, **settings)
+    assert math.isfinite(result["classifier distance"]) and ("floor" in result) == floor
+    if not floor:
+        with pytest.raises(common.BadInput, match="mine holds one image; a covariance needs two"):
+            measure(tmp_path, **settings, real="folder:test")
+
+
+@pytest.mark.parametrize("generated, asked", [("pictures", 24), ("weights", 16), ("npz", 0)])
+def test_birds_are_asked_for_in_the_size_of_what_is_compared(
+    generated, asked, tmp_path, monkeypatch, tiny
+):
+    if generated == "pictures":
+        for number in range(2):
+            Image.new("RGB", (24, 24), (number, 0, 0)).save(tmp_path / f"{number}.png")
+        name = str(tmp_path)
+    elif generated == "weights":
+        main_dcgan.main(*tiny(main_dcgan, num_epochs=1, image_size=16, feature_maps=2))
+        name = str(tmp_path / "out" / "weights_epoch_1.pt")
+    else:
+        name = str(tmp_path / "statistics.npz")
+        np.savez(name, mu=np.zeros(3), sigma=np.eye(3))
+    sizes = []
+
+    def look(kind, data_dir, *, image_size, **others):
+        sizes.append(image_size)
+        raise common.BadInput("no birds here")
+
+    monkeypatch.setattr(common, "load_data", look)
+    for real in ("cub:train", "cifar10:train"):
+        with pytest.raises(common.BadInput, match="no birds here"):
+            fid.open_sources(name, real, "", 4, 0, device=torch.device("cpu"))
+    assert sizes == [asked, 0]
+
+
 def test_the_jpeg_quality_of_training_is_asked_for_again(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(common, "load_cub", lambda *arguments: asked.append(arguments) or 1 / 0)
