@@ -603,7 +603,6 @@ def of_statistics(path):
     return Source(path, statistics=Statistics(0, mu, root))
 
 
-def of_folder(folder, device):
 def width_of_first(folder):
     """The width in pixels of the first image in a folder that can be read. Raises BadInput."""
     from PIL import Image, ImageOps
@@ -617,6 +616,7 @@ def width_of_first(folder):
     raise BadInput(f"{folder} holds no image that can be read")
 
 
+def of_folder(folder, device):
     """The images in a folder and below it, in colour; its sub-folders are classes.
 
     All become squares as wide as the first; of an
@@ -635,11 +635,12 @@ def width_of_first(folder):
     return Source(folder, images, train)
 
 
-def of_data_set(name, data_dir, weights, device):
+def of_data_set(name, data_dir, weights, device, size=0):
     """A split of one of common.DATASET_TYPES, such as mnist:test.
 
     weights: what it is compared with. If they are of the same
-    data set, it has their images' size.
+    data set, it has their images' size. size: of cub, which
+    has none of its own, in pixels; 0 is 32.
     """
     kind, _, split = name.partition(":")
     legal = "no folder, .pt, .npz, or data set such as mnist:train or mnist:test"
@@ -653,6 +654,7 @@ def of_data_set(name, data_dir, weights, device):
             kind,
             data_dir or "data",
             image_channels=channels,
+            image_size=size if kind == "cub" else 0,
             allow_fallback=False,
             device=device,
         )
@@ -660,15 +662,15 @@ def of_data_set(name, data_dir, weights, device):
     return Source(f"{images.name}:{split}", images, train, other)
 
 
-def open_source(name, data_dir, num_images, seed, weights, device):
-    """The source of this name. weights: those it is compared with, or None."""
+def open_source(name, data_dir, num_images, seed, weights, device, size=0):
+    """The source of this name. weights, size: see `of_data_set`."""
     if name.endswith(".npz"):
         return of_statistics(name)
     if name.endswith(".pt"):
         return of_weights(name, num_images, seed, device)
     if Path(name).is_dir():
         return of_folder(name, device)
-    return of_data_set(name, data_dir, weights, device)
+    return of_data_set(name, data_dir, weights, device, size)
 
 
 def open_sources(generated, real, data_dir, num_images, seed, *, device):
@@ -679,7 +681,8 @@ def open_sources(generated, real, data_dir, num_images, seed, *, device):
         unknown = f"{generated} does not say what it was trained on"
         require(fakes.weights, f"{unknown}: give --real, such as mnist:train")
         real = fakes.weights["data"]["dataset_type"] + ":train"
-    return fakes, open_source(real, data_dir, num_images, seed, fakes.weights, device)
+    size = fakes.images.pixels.shape[3] if fakes.images else 0
+    return fakes, open_source(real, data_dir, num_images, seed, fakes.weights, device, size)
 
 
 # ------------------------------------------------ what is written
