@@ -599,7 +599,8 @@ class Trainer:
             due = epoch in (1, epochs[-1]) or epoch % self.run.sample_every == 0
             path = self.folder / f"generated_image_epoch_{epoch}.png"
             if due and path.is_file():
-                frames.append(Image.open(path))
+                with Image.open(path) as picture:
+                    frames.append(picture.copy())
         if not frames:
             return
         buffer = io.BytesIO()

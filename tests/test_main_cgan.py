@@ -437,6 +437,20 @@ def write_pictures(folder, classes, numbers):
             Image.new("RGB", (16, 16), shade).save(folder / label / f"{number}.png")
 
 
+def test_the_animation_holds_no_file_open(tiny, colours, tmp_path, monkeypatch):
+    """A run of many epochs has more pictures than a program may have files open."""
+    opened, most, real_open = [], [], Image.open
+
+    def watched(path):
+        opened.append(real_open(path))
+        most.append(sum(picture.fp is not None for picture in opened))
+        return opened[-1]
+
+    monkeypatch.setattr(Image, "open", watched)
+    main_cgan.main(*tiny(main_cgan, **colours, num_epochs=3, sample_every=1))
+    assert most == [1, 1, 1]
+
+
 def test_a_class_of_equal_pictures_does_no_harm(tiny, tmp_path):
     write_pictures(tmp_path / "mine", ["a", "bb"], 4)
     (tmp_path / "mine" / "ccc").mkdir()
