@@ -826,7 +826,7 @@ class Trainer:
         # of the first hundred real images: load_data leaves nothing sorted
         index = torch.arange(min(100, len(self.train)), device=self.train.device)
         real_images, _ = self.train.batch(index)
-        real_distance = mean_distance(real_images)
+        real_distance = mean_distance(real_images) or float("nan")  # NaN if all are alike
         # 1: as varied as the data; towards 0: all alike
         # (mode collapse); above 1: often noise. For another column,
         # measured once a period, add it to this dict.

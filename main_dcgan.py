@@ -318,7 +318,7 @@ class Trainer:
         self.fixed_z = torch.randn(500, latent_dim).to(train.device)
         index = torch.arange(min(500, len(train)), device=train.device)
         real_images, _ = train.batch(index)
-        self.real_distance = mean_distance(real_images)
+        self.real_distance = mean_distance(real_images) or float("nan")  # NaN if all are alike
         self.score_every, self.scorer = score_every, None
         if score_every and num_epochs:
             self.scorer = fid.Scorer(train, score_features, num_images=10000)

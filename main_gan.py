@@ -289,7 +289,7 @@ class Trainer:
         self.fixed_z = torch.randn(500, latent_variable_size).to(device)
         index = torch.arange(min(500, len(train)), device=device)
         real_images, _ = train.batch(index)
-        self.real_distance = mean_distance(real_images)
+        self.real_distance = mean_distance(real_images) or float("nan")  # NaN if all are alike
 
     # On an NVIDIA GPU the work of one call of `step` is recorded
     # (a CUDA graph) and then repeated, with new noise but without

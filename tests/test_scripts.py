@@ -455,6 +455,34 @@ def test_every_script_takes_a_data_set_of_one_s_own(name, tmp_path, monkeypatch,
 
 
 # ------------------------------------------------------------------------ a copy of one's own
+@pytest.mark.parametrize("name", ["main_gan", "main_dcgan", "gan_cub"])
+def test_images_that_are_all_alike_can_be_learnt_too(name, tmp_path, monkeypatch, no_curves):
+    """One picture, repeated, is a usual check of a network; its diversity is not defined."""
+    script = importlib.import_module(name)
+    monkeypatch.chdir(tmp_path)
+    images = helpers.OwnDataset(size=16)
+    images.pixels[:] = images.pixels[0]
+    settings = dict(dataset_type=images, batch_size=12, num_epochs=1, num_iterations=10)
+    script.main(*helpers.small_dicts(script, **settings))
+    assert helpers.read_history("out")[0]["diversity"] == "nan"
+    assert '"diversity": null' in Path("out", "run.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("inside", [".", "out", "deep/out"])
+def test_a_run_is_not_written_among_its_own_data(inside, tmp_path, monkeypatch, capsys):
+    """Its pictures would be images of the next run."""
+    monkeypatch.chdir(tmp_path)
+    data = Path(helpers.SHARED["data_dir"])
+    before = sorted(data.rglob("*"))
+    options = small_options("main_gan", output_dir=data / inside)
+    assert run_here(main_gan, *options) == 2
+    error = capsys.readouterr().err
+    assert "must lie outside data_dir" in error and error.count("\n") == 1
+    assert sorted(data.rglob("*")) == before
+    beside = small_options("main_gan", output_dir=data.with_name("beside"), num_epochs=0)
+    assert run_here(main_gan, *beside) == 0
+
+
 
 
 @pytest.mark.parametrize("name", TRAINING)
