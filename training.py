@@ -116,7 +116,7 @@ class Run:
         check_plain(self.settings)
         self.folder = Path(trainer_kwargs["output_dir"])
         self.path = self.folder / "checkpoint.pt"
-        check_writable(self.folder)
+        check_output_dir(self.folder, self.dataset_kwargs)
         self.device = common.choose_device(device)
         if num_threads:
             torch.set_num_threads(min(num_threads, os.cpu_count()))
@@ -470,8 +470,15 @@ def check_plain(settings):
         require(plain, f"{key} must be a plain number, bool or str, not {value!r}")
 
 
-def check_writable(folder):
-    """Raises BadInput if nothing can be written there; the first file makes the folder."""
+def check_output_dir(folder, dataset_kwargs):
+    """Raises BadInput if nothing can be written there; the first file makes the folder.
+
+    It may not lie among the user's own images, where a run's pictures would become data.
+    """
+    if dataset_kwargs["dataset_type"] == "folder":
+        data_dir = Path(dataset_kwargs["data_dir"]).resolve()
+        outside = not folder.resolve().is_relative_to(data_dir)
+        require(outside, f"output_dir {folder} must lie outside data_dir, whose images are read")
     nearest = next((place for place in (folder, *folder.parents) if place.exists()), folder)
     try:
         tempfile.TemporaryFile(dir=nearest).close()

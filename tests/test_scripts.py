@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import tokenize
+from pathlib import Path
 
 import helpers
 import pytest
@@ -454,7 +455,6 @@ def test_every_script_takes_a_data_set_of_one_s_own(name, tmp_path, monkeypatch,
     load(next(tmp_path.glob("out/weights_*.pt")))
 
 
-# ------------------------------------------------------------------------ a copy of one's own
 @pytest.mark.parametrize("name", ["main_gan", "main_dcgan", "gan_cub"])
 def test_images_that_are_all_alike_can_be_learnt_too(name, tmp_path, monkeypatch, no_curves):
     """One picture, repeated, is a usual check of a network; its diversity is not defined."""
@@ -483,6 +483,7 @@ def test_a_run_is_not_written_among_its_own_data(inside, tmp_path, monkeypatch, 
     assert run_here(main_gan, *beside) == 0
 
 
+# ------------------------------------------------------------------------ a copy of one's own
 
 
 @pytest.mark.parametrize("name", TRAINING)
