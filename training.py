@@ -20,6 +20,7 @@ from torch import distributed
 import common
 from common import PROCESSES, RANK, BadInput, BrokenOff, require, warn
 
+ALL_THREADS = torch.get_num_threads()  # torch's choice, before any run sets another
 LOOK_SECONDS = 1.0  # between two looks at the losses, at each of which the host waits
 AGREE_STEPS = 16  # on several GPUs: steps between two looks at what they tell each other
 # what may change when a run is continued: how it is computed, not what
@@ -118,8 +119,8 @@ class Run:
         self.path = self.folder / "checkpoint.pt"
         check_output_dir(self.folder, self.dataset_kwargs)
         self.device = common.choose_device(device)
-        if num_threads:
-            torch.set_num_threads(min(num_threads, os.cpu_count()))
+        threads = min(num_threads, os.cpu_count()) or ALL_THREADS
+        torch.set_num_threads(threads)  # also for 0, since an earlier run may have changed it
         join_processes(self.device)
         self.checkpoint = self.read_checkpoint() if resume and self.path.is_file() else None
         self.history = []  # a row {column: value} for each epoch

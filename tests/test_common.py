@@ -165,6 +165,15 @@ def test_what_is_computed_may_not_change_and_how_it_is_computed_may(gan, here, m
         assert [row["epoch"] for row in history] == list(range(1, number + 1))
 
 
+def test_0_threads_are_all_of_them_whatever_an_earlier_run_took(gan, monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch, "set_num_threads", taken.append)
+    monkeypatch.setattr(training, "ALL_THREADS", 7)
+    gan(num_epochs=0, num_threads=1)
+    gan(num_epochs=0, num_threads=0)
+    assert taken == [1, 7]
+
+
 def test_a_misspelt_data_set_is_told_from_another_one(gan, here):
     gan(num_epochs=1)
     with pytest.raises(common.BadInput, match="^dataset_type must be one of .*, not 'minst'$"):
