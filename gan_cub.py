@@ -557,14 +557,22 @@ def make_scorer(train, score_features, score_images):
         return None
 
 
-def refuse_other_score(history, scorer):
-    """A run goes on only with the score that it began with:
-    other distances mean other things.
+def keep_to_score(history, scorer):
+    """The scorer, if it gives the score that the run has so far;
+    None, if the run has none.
+
+    Another score is refused: other distances mean other things.
     """
-    if scorer:
-        scored_alike = all(scorer.name in row for row in history)
-        message = f"the run was not scored by the {scorer.name} so far; give another --output_dir"
-        common.require(scored_alike, message)
+    if not history:
+        return scorer
+    before = [name for name in ("FID", "classifier distance") if name in history[0]]
+    if not before:
+        return None
+    now = scorer.name if scorer else "no score"
+    message = f"the run has the {before[0]} so far, and would go on with {now}"
+    advice = "choose by --score_features, or give another --output_dir"
+    common.require(now == before[0], f"{message}; {advice}")
+    return scorer
 
 
 class Trainer:
@@ -785,7 +793,7 @@ class Trainer:
         """Train to num_iterations, in periods of sample_every iterations.
 
         A checkpoint of other settings or data is refused; precision,
-        data_dir and the run_kwargs other than seed and
+        score_features, data_dir and the run_kwargs other than seed and
         sample_every may change. Changed code is not noticed: then
         give another --output_dir, or --resume false. More
         iterations than were planned need a new run, too, since by
@@ -809,7 +817,7 @@ class Trainer:
         )
         for period in epochs:
             # here, since it is run.epochs that restores the history
-            refuse_other_score(self.run.history, self.scorer)
+            self.scorer = keep_to_score(self.run.history, self.scorer)
             for images, _ in run.batches():  # (d_steps * N, C, H, W) in [-1, 1]
                 run.train_step(self.step, images)
                 # pictures every 100 iterations go here:
@@ -945,6 +953,8 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment
         trainers[name] = main(model_kwargs, dataset_kwargs, changed, run_kwargs, alone)
     all_scored = all(trainer.scorer for trainer in trainers.values())
     if trainer_kwargs["num_iterations"] and all_scored:
+    for trainer in trainers.values():
+        trainer.scorer = keep_to_score(trainer.run.history, trainer.scorer)
         rows = [summary(name, trainer) for name, trainer in trainers.items()]
         common.write(folder / f"{experiment}.csv", rows)
         for row in rows:
@@ -958,7 +968,6 @@ def summary(name, trainer):
     its best score, and its last.
     """
     history, distance = trainer.run.history, trainer.scorer.name
-    refuse_other_score(history, trainer.scorer)
     scores = [row[distance] for row in history]
     best = min(scores)
     return {

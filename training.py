@@ -31,6 +31,7 @@ FREE_TO_CHANGE = {
     "allow_fallback",
     "precision",
     "score_every",
+    "score_features",
 }
 # what scripts write into a run's folder, and analyses beside its weights
 RUN_FILES = [

@@ -710,16 +710,46 @@ def test_best_and_last_weights_are_kept(tmp_path, monkeypatch):
 def test_a_run_that_was_scored_otherwise_is_not_continued(tmp_path, monkeypatch):
     monkeypatch.setattr(fid, "Scorer", GivenScores)
     monkeypatch.setattr(GivenScores, "scores", [5.0, 3.0])
-    settings = dict(score_images=20, d_steps=1)
+    settings = dict(score_images=20, d_steps=1, score_features="auto")
     with monkeypatch.context() as patch:
         record_steps(patch, interrupt_at=10)  # in the second period
         with pytest.raises(KeyboardInterrupt):
             gan_cub.main(*small_dicts(tmp_path, **settings))
     before = (tmp_path / "out" / "checkpoint.pt").read_bytes()
-    monkeypatch.setattr(GivenScores, "name", "classifier distance")
-    with pytest.raises(common.BadInput, match="not scored by the classifier distance"):
-        gan_cub.main(*small_dicts(tmp_path, **settings))
+    has = GivenScores.name
+    with monkeypatch.context() as patch:
+        patch.setattr(GivenScores, "name", "classifier distance")
+        with pytest.raises(common.BadInput, match="classifier distance; choose by --score_feat"):
+            gan_cub.main(*small_dicts(tmp_path, **settings))
+        patch.setattr(gan_cub, "make_scorer", lambda *_: None)  # Inception is out of reach
+        with pytest.raises(common.BadInput, match=f"has the {has} so far.*go on with no score"):
+            gan_cub.main(*small_dicts(tmp_path, **settings))
     assert (tmp_path / "out" / "checkpoint.pt").read_bytes() == before
+    # chosen by name it may go on, although it began with auto
+    gan_cub.main(*small_dicts(tmp_path, **{**settings, "score_features": "inception"}))
+    assert [row[has] for row in read_history(tmp_path / "out")] == ["5.0", "5.0"]
+
+
+def test_a_run_that_began_without_scores_goes_on_without(tmp_path, monkeypatch):
+    """As on a folder without classes, when Inception could not be downloaded at first."""
+    settings = dict(score_images=20, d_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(gan_cub, "make_scorer", lambda *_: None)
+        record_steps(patch, interrupt_at=10)
+        with pytest.raises(KeyboardInterrupt):
+            gan_cub.main(*small_dicts(tmp_path, **settings))
+    monkeypatch.setattr(fid, "Scorer", GivenScores)
+    trainer = gan_cub.main(*small_dicts(tmp_path, **settings))
+    assert trainer.scorer is None and len(trainer.run.history) == 2
+    assert "FID" not in trainer.run.history[1]
+
+
+def test_an_experiment_checks_the_steps_of_its_own_settings(tmp_path):
+    settings = dict(num_iterations=0, sample_every=4, d_steps=0)
+    trainers = gan_cub.main(*small_dicts(tmp_path, experiment="r3gan", **settings))
+    assert {trainer.d_steps for trainer in trainers.values()} == {1}
+    with pytest.raises(common.BadInput, match="sample_every must be a multiple of d_steps, 5"):
+        gan_cub.main(*small_dicts(tmp_path, experiment="losses", **settings))
 
 
 def test_only_auto_goes_on_without_scores(tmp_path, monkeypatch, capsys):
