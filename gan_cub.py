@@ -194,8 +194,10 @@ def check_settings(settings):
     every = settings["sample_every"]
     divides = settings["num_iterations"] % every == 0
     common.require(divides, f"num_iterations must be a multiple of sample_every, {every}")
-    d_steps, _ = suit_loss(settings["loss"], settings["d_steps"], weight)
-    common.require(every % d_steps == 0, f"sample_every must be a multiple of d_steps, {d_steps}")
+    if settings["experiment"] == "none":  # an experiment's settings are checked in their turn
+        d_steps, _ = suit_loss(settings["loss"], settings["d_steps"], weight)
+        message = f"sample_every must be a multiple of d_steps, {d_steps}"
+        common.require(every % d_steps == 0, message)
 
 
 class ResBlockUp(nn.Module):
@@ -951,10 +953,10 @@ def compare(model_kwargs, dataset_kwargs, trainer_kwargs, run_kwargs, experiment
         changed = {**trainer_kwargs, **changes, "output_dir": str(folder / name)}
         alone = {"experiment": "none"}
         trainers[name] = main(model_kwargs, dataset_kwargs, changed, run_kwargs, alone)
-    all_scored = all(trainer.scorer for trainer in trainers.values())
-    if trainer_kwargs["num_iterations"] and all_scored:
     for trainer in trainers.values():
         trainer.scorer = keep_to_score(trainer.run.history, trainer.scorer)
+    all_scored = all(trainer.scorer for trainer in trainers.values())
+    if trainer_kwargs["num_iterations"] and all_scored:
         rows = [summary(name, trainer) for name, trainer in trainers.items()]
         common.write(folder / f"{experiment}.csv", rows)
         for row in rows:
