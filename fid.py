@@ -237,7 +237,9 @@ def load_inception(path):
     from torchvision.models import Inception3
 
     # the file's last layer, which is not used, has 1008 outputs
-    network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
+    # It draws weights, which the file's replace.
+    with seeded(torch.device("cpu")):
+        network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     # FID's averages do not count the padding, while
     # torchvision's divide by nine everywhere; and
@@ -604,14 +606,18 @@ def of_statistics(path):
 
 
 def width_of_first(folder):
-    """The width in pixels of the first image in a folder that can be read. Raises BadInput."""
+    """The width in pixels of the first image in
+    a folder that can be read. Raises BadInput.
+    """
     from PIL import Image, ImageOps
 
     for path in common.image_files(folder):
         try:
             with Image.open(path) as image:
                 return ImageOps.exif_transpose(image).width
-        except Exception:  # a decoder may raise anything; `load_folder` names the file
+        except Exception:
+            # a decoder may raise anything;
+            # `load_folder` names the file
             continue
     raise BadInput(f"{folder} holds no image that can be read")
 
@@ -765,7 +771,8 @@ def main(source_kwargs, metric_kwargs):
     fake = fakes.statistics or measure(fakes.images, network, count, batch_size)
     result = {network.metric: real.distance(fake), "N": fake.n or "unknown"}
     result |= {"features": network.name, "resize": network.resize}
-    if reals.other and len(reals.other) > 1:  # what a perfect generator would get
+    # what a perfect generator would get
+    if reals.other and len(reals.other) > 1:
         other = measure(reals.other, network, count, batch_size)
         result |= {"floor": real.distance(other), "floor's N": other.n}
     words = [network.metric, "of", *Path(fakes.name).parts[-2:]]

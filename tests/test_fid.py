@@ -247,6 +247,13 @@ def test_inception_equals_pytorch_fid_s(inceptions):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=allowed)
 
 
+def test_loading_inception_leaves_the_random_numbers_alone(inceptions):
+    """Scoring by it changes no training; torchvision draws weights even if it need not."""
+    before = torch.get_rng_state()
+    fid.load_inception(inceptions[2])
+    assert torch.get_rng_state().equal(before)
+
+
 def test_distance_of_two_folders_equals_pytorch_fid_s(inceptions, tmp_path, monkeypatch, capsys):
     from pytorch_fid import fid_score
 
