@@ -5,6 +5,7 @@ import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import helpers
@@ -94,6 +95,15 @@ def test_a_step_that_reads_a_number_goes_well_without_a_graph(gpu_check, tmp_pat
         gpu_check.run_disturbed(gpu_check.read_within_the_step, False)
     assert end.value.code == 0
     assert training.Run.train_step is gpu_check.plain_train_step
+
+
+def test_the_step_that_reads_a_number_is_always_the_same(gpu_check, monkeypatch):
+    """A graph refuses another step than the one that it has recorded."""
+    steps, run = [], SimpleNamespace()
+    monkeypatch.setattr(gpu_check, "plain_train_step", lambda run, step: steps.append(step))
+    for _ in range(2):
+        gpu_check.read_within_the_step(run, print)
+    assert steps[0] is steps[1]
 
 
 def test_without_a_gpu_it_says_so(gpu_check, monkeypatch, capsys):
