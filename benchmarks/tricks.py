@@ -102,7 +102,8 @@ def measure(name, rounds=15):
         for number in range(rounds + 1):
             for undo, trainer in trainers.items():
                 other = undo == "the script's number of threads"
-                torch.set_num_threads(3 - threads if other else threads)
+                others = 1 if threads > 1 else 2
+                torch.set_num_threads(others if other else threads)
                 begun = time.perf_counter()
                 for _ in range(steps):
                     (real,) = case.takes(*next(feeds[undo]))
