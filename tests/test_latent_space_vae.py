@@ -780,6 +780,12 @@ def test_the_mark_and_the_verdict_of_a_drawing(made, browser):
     assert browser.js("Array.from(explore.latent)") == browser.js("Array.from(own.latent)")
     shown = own(browser)[0][0, 0].numpy() * 255
     assert np.abs(browser.seen("left") - shown).max() < 1
+    # a right click opens the browser's menu, which may swallow its end: it neither drags nor draws
+    for place in ("plane", "box"):
+        x, y = browser.js(f"['x', 'y'].map(key => {place}.getBoundingClientRect()[key] + 30)")
+        browser.mouse("Pressed", x, y, button="right", buttons=2)
+        assert browser.js("pointers.size + pens.size") == 0
+        browser.mouse("Released", x, y, button="right")
     # a mark that lies far from all others is brought into the window too
     browser.js("globalThis.far = [3 * high[0] - 2 * low[0], low[1]]; makeRoomFor(far)")
     x, y = browser.js("toScreen(far)")
