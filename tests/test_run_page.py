@@ -1,5 +1,6 @@
 """run.html, the page of a run, in a real browser."""
 
+import json
 import os
 import re
 import shutil
@@ -98,6 +99,37 @@ def test_the_curves_say_the_history_s_values(page, runs):
     assert "at epoch 2" in caption.inner_text()
 
 
+def test_a_line_that_the_keys_have_set_is_told_and_let_go(page, runs):
+    caption = page.locator("figcaption", has_text="reconstruction")
+    canvas = page.locator("figure", has=caption).locator("canvas")
+    canvas.press("Home")
+    assert canvas.get_attribute("role") == "slider"
+    assert canvas.get_attribute("aria-valuetext").startswith("at epoch 1: ")
+    values = [canvas.get_attribute(f"aria-value{name}") for name in ("min", "now", "max")]
+    assert values == ["1", "1", "2"]
+    page.keyboard.press("Tab")
+    assert "at epoch 2" in caption.inner_text()
+    canvas.dispatch_event("pointermove", {"pointerType": "touch", "clientX": 70, "clientY": 0})
+    assert "at epoch 1" in caption.inner_text()
+    canvas.dispatch_event("pointercancel", {"pointerType": "touch"})  # the finger scrolls the page
+    assert "at epoch 2" in caption.inner_text()
+
+
+def test_a_picture_may_have_any_name(page, runs):
+    name = 'top 5% of "a"'
+    shutil.copy(runs / "out" / "reconstruction_epoch_1.png", runs / "out" / f"{name}.png")
+    path = runs / "out" / "named.html"
+    text = (runs / "out" / "run.html").read_text(encoding="utf-8")
+    head, _, rest = text.partition('"pictures": [')
+    text = f'{head}"pictures": [{json.dumps(name + ".png")}, {rest}'
+    path.write_text(text, encoding="utf-8")
+    page.goto(path.as_uri())
+    page.get_by_role("radio").first.check()
+    page.reload()
+    assert page.get_by_role("radio").first.is_checked()
+    assert page.locator("#settings").inner_text()
+
+
 def test_another_run_is_laid_over(page, runs):
     lines = (runs / "other" / "history.csv").read_text(encoding="utf-8").splitlines()
     (runs / "short.csv").write_text("\n".join(lines[:2]), encoding="utf-8")
@@ -146,7 +178,26 @@ def test_a_run_that_goes_on_is_read_again(page, runs):
     assert '"goal": 2' in text
     path.write_text(text.replace('"goal": 2', '"goal": 3').replace("5000", "200"), encoding="utf-8")
     page.goto(path.as_uri())
-    state = page.locator("#state").inner_text()
-    assert "epoch 2 of 3" in state and "read again every five seconds" in state
+    state = page.locator("#state")
+    following = "read again every five seconds"
+    assert "epoch 2 of 3" in state.inner_text() and following in state.inner_text()
+    # who chooses a file, holds the slider or uses the keys is not disturbed
+    page.evaluate("document.before = true")  # it would be gone after a reload
+    with page.expect_file_chooser() as chooser:
+        page.locator("#other").click()
+    page.wait_for_timeout(500)
+    assert "not read again while a file is chosen" in state.inner_text()
+    page.locator("#other").dispatch_event("cancel")
+    page.locator("#when").dispatch_event("pointerdown")
+    page.wait_for_timeout(500)
+    assert "the slider is held" in state.inner_text()
+    page.keyboard.press("Tab")
+    page.locator("#when").dispatch_event("pointerup")
+    page.wait_for_timeout(500)
+    assert "while a key has the focus" in state.inner_text()
+    assert page.evaluate("document.before") and chooser.value
+    page.evaluate("document.activeElement.blur()")
+    state.filter(has_text=following).wait_for(timeout=5000)
+    page.wait_for_function("!document.before")
     path.write_text(text, encoding="utf-8")
     page.locator("#state", has_text="finished").wait_for(timeout=5000)
