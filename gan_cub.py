@@ -58,7 +58,7 @@ expect: the default run needs a GPU, and was not tried. Much
         r3gan       0.71    0.64    0.77       0.97       397
         In gan and lsgan D wins, and the images stay bad. In r3gan
         it hardly tells a pair apart. In wgan-gp the penalty falls
-        from 0.08 to 0.016. r3gan with lr 0.0004 reaches 337 after
+        from 0.08 to 0.016. r3gan with lr 0.0004 reaches 412 after
         4,500 iterations, and 236 after 16,000, 41 min; 24,000
         with feature_maps 64 and horizontal_flip reach 192, 166
         min. After 30,000, with lr 0.0002, gan is at 909, lsgan at
