@@ -59,10 +59,12 @@ expect: the default run needs a GPU, and was not tried. Much
         In gan and lsgan D wins, and the images stay bad. In r3gan
         it hardly tells a pair apart. In wgan-gp the penalty falls
         from 0.08 to 0.016. r3gan with lr 0.0004 reaches 412 after
-        4,500 iterations, and 236 after 16,000, 41 min; 24,000
-        with feature_maps 64 and horizontal_flip reach 192, 166
-        min. After 30,000, with lr 0.0002, gan is at 909, lsgan at
-        560, wgan-gp at 210 and r3gan at 267 (25, 24, 46, 88 min)
+        4,500 iterations, and 236 after 16,000, 41 min. After
+        30,000, with lr 0.0002, gan is at 909, lsgan at 560,
+        wgan-gp at 210 and r3gan at 267 (25, 24, 46, 88 min).
+        r3gan with feature_maps 64, horizontal_flip and lr 0.0002
+        is at 164 after 21,000, 146 min; with lr 0.0004 such a run
+        may lose its D, which becomes constant
 """
 
 import dataclasses
