@@ -53,7 +53,7 @@ def gan(here):
         (["--batch_size", "4501"], "4500"),
         (["--dataset_type", "imagenet"], "mnist, fashion_mnist, cifar10"),
         (["--dataset_type", "folder", "--data_dir", "no/such"], "there is no folder no/such"),
-        (["--dataset_type", "folder", "--data_dir", "."], "0 images"),
+        (["--dataset_type", "folder", "--data_dir", ".", "--output_dir", "../out"], "0 images"),
         (["--device", "cuda:77"], "cannot be used here"),
         (["--device", "meta"], "cannot be used here"),
     ],

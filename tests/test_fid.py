@@ -644,7 +644,8 @@ def test_birds_are_asked_for_in_the_size_of_what_is_compared(
             Image.new("RGB", (24, 24), (number, 0, 0)).save(tmp_path / f"{number}.png")
         name = str(tmp_path)
     elif generated == "weights":
-        main_dcgan.main(*tiny(main_dcgan, num_epochs=1, image_size=16, feature_maps=2))
+        small = dict(image_size=16, feature_maps=2, batch_size=1500)
+        main_dcgan.main(*tiny(main_dcgan, num_epochs=1, **small))
         name = str(tmp_path / "out" / "weights_epoch_1.pt")
     else:
         name = str(tmp_path / "statistics.npz")
