@@ -236,9 +236,9 @@ def load_inception(path):
     """FID's Inception (TensorFlow, 2015-12-05): (N, 3, 299, 299) -> (N, 2048)."""
     from torchvision.models import Inception3
 
-    # the file's last layer, which is not used, has 1008 outputs
-    # It draws weights, which the file's replace.
+    # to build it draws random weights, which the file's replace
     with seeded(torch.device("cpu")):
+        # the file's last layer, which is not used, has 1008 outputs
         network = Inception3(num_classes=1008, aux_logits=False, init_weights=False)
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     # FID's averages do not count the padding, while
