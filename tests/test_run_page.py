@@ -176,29 +176,38 @@ def test_a_run_that_goes_on_is_read_again(page, runs):
     path = runs / "out" / "unfinished.html"
     text = (runs / "out" / "run.html").read_text(encoding="utf-8")
     assert '"goal": 2' in text
-    path.write_text(text.replace('"goal": 2', '"goal": 3').replace("5000", "200"), encoding="utf-8")
+    path.write_text(text.replace('"goal": 2', '"goal": 3'), encoding="utf-8")
+    # the timer's function is called here, and not by the clock
+    page.add_init_script("window.setInterval = (run, pause) => { window.timer = {run, pause}; }")
     page.goto(path.as_uri())
     state = page.locator("#state")
-    following = "read again every five seconds"
+    following = "the folder is read again every five seconds"
     assert "epoch 2 of 3" in state.inner_text() and following in state.inner_text()
+    assert page.evaluate("timer.pause") == 5000
+    page.evaluate("document.before = true")  # it is gone after a reload
+
+    def stays():
+        page.evaluate("timer.run()")
+        page.wait_for_timeout(200)
+        return page.evaluate("document.before")
+
     # who chooses a file, holds the slider or uses the keys is not disturbed
     with page.expect_file_chooser():
         page.locator("#other").click()
-    state.filter(has_text="not read again while a file is chosen").wait_for(timeout=5000)
-    page.evaluate("document.before = true")  # it would be gone after a reload
-    page.wait_for_timeout(400)
-    page.locator("#when").dispatch_event("pointerdown")
+    assert "not read again while a file is chosen" in state.inner_text() and stays()
     page.locator("#other").dispatch_event("cancel")
+    assert following in state.inner_text()
     page.locator("#when").dispatch_event("pointerdown")
-    page.wait_for_timeout(400)
-    assert "the slider is held" in state.inner_text()
-    page.keyboard.press("Tab")
+    assert "the slider is held" in state.inner_text() and stays()
     page.locator("#when").dispatch_event("pointerup")
-    page.wait_for_timeout(400)
-    assert "while a key has the focus" in state.inner_text()
-    assert page.evaluate("document.before")
+    page.keyboard.press("Tab")
+    state.filter(has_text="while the keyboard has the focus").wait_for(timeout=5000)
+    assert stays()
     page.evaluate("document.activeElement.blur()")
-    page.wait_for_function("!document.before")
-    state.filter(has_text=following).wait_for(timeout=5000)
+    with page.expect_navigation():
+        page.evaluate("timer.run()")
+    assert not page.evaluate("document.before") and following in state.inner_text()
     path.write_text(text, encoding="utf-8")
-    page.locator("#state", has_text="finished").wait_for(timeout=5000)
+    with page.expect_navigation():
+        page.evaluate("timer.run()")
+    assert "finished" in state.inner_text()
